@@ -1,0 +1,1 @@
+"""bailing-jax."""

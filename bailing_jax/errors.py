@@ -1,0 +1,54 @@
+"""Errors a person can act on, and the one place that prints them.
+
+Anything the user can cause (a wrong file, a wrong flag, a model that does not fit) is a
+`UserError`: what is wrong, what to do about it, and the exit code of a command that meets it.
+Programming errors stay ordinary exceptions and keep their traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_DOES_NOT_FIT = 3
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """A mistake or limit outside this program.
+
+    Args:
+        message: what is wrong and where: file, field, the value found, the values allowed.
+        hint: what to do about it; may be empty.
+        exit_code: the code a command exits with (2: bad usage or config, 3: does not fit,
+            1: anything else).
+    """
+
+    def __init__(self, message: str, hint: str = "", exit_code: int = EXIT_FAILURE) -> None:
+        super().__init__(message if not hint else f"{message}\n{hint}")
+        self.message = message
+        self.hint = hint
+        self.exit_code = exit_code
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """Run a command's `main`, turning the errors a user can cause into a line and an exit code."""
+    try:
+        return main()
+    except UserError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our stdout went away (`... | head`); keep the interpreter from
+        # complaining a second time when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints in and out: reading, matching and (later) writing, without a device."""
