@@ -1,0 +1,435 @@
+"""One safetensors file: its header checked before anything is allocated, its tensors read.
+
+A file is 8 bytes of header length, a JSON header, then the tensors' bytes. The header is
+untrusted: every length, offset, shape and dtype is checked against the size of the file, and the
+tensors must tile the data section without overlap or gap. Tensors are read with preadv into
+fresh arrays; there is no mmap, because a mapped file that shrinks kills the process (SIGBUS).
+Must not know about models, folders or indices; `convert.source` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import reprlib
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from bailing_jax.errors import EXIT_FAILURE, EXIT_USAGE, UserError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
+    "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
+    "I64": np.dtype(np.int64),
+    "U64": np.dtype(np.uint64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+}
+# The format's dtypes that pack several values in a byte: known, and refused by name.
+SUB_BYTE_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")
+
+DOWNLOAD_AGAIN = (
+    "Download the file again and compare its size and checksum with the published ones."
+)
+
+_PREFIX_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+_MAX_DIMS = 8
+_MAX_INT64 = 2**63 - 1
+_MAX_JSON_DEPTH = 200
+# Commas and brackets together bound the number of objects a parse can build: about 380,000
+# tensors in one file, ten times what a trillion-parameter checkpoint puts in its largest.
+_MAX_JSON_ITEMS = 2**22
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_CURLY_TO_SQUARE = bytes.maketrans(b"{}", b"[]")
+_READ_PIECE = 2**30  # the kernel moves at most 0x7ffff000 bytes a call
+_LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+
+_shorten = reprlib.Repr()
+_shorten.maxstring = _shorten.maxother = _shorten.maxlong = 160
+_shorten.maxlist = 10
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: bytes `start` up to `end`, counted from the start of `file`."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """The tensor's size in bytes; equals prod(shape) * itemsize."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """A header that passed every check, and the size and mtime of the file it was read from.
+
+    `header_sha256` is the digest of the JSON bytes, padding included.
+    """
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    file_size: int
+    mtime_ns: int
+    header_sha256: str
+
+
+def read_header(path: Path) -> SafetensorsHeader:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        UserError: the file cannot be read, or anything in its header is not as the format says.
+    """
+    descriptor, status = open_regular(path)
+    try:
+        raw = _read_header_bytes(descriptor, path, status.st_size)
+    finally:
+        os.close(descriptor)
+    document = parse_json(raw, path, "the safetensors header")
+    metadata = _check_metadata(path, document.pop("__metadata__", {}))
+    data_start = _PREFIX_BYTES + len(raw)
+    tensors = {
+        name: _check_entry(path, name, entry, data_start) for name, entry in document.items()
+    }
+    _check_tiling(path, tensors, data_start, status.st_size)
+    digest = hashlib.sha256(raw).hexdigest()
+    return SafetensorsHeader(path, tensors, metadata, status.st_size, status.st_mtime_ns, digest)
+
+
+class SafetensorsFile:
+    """An open safetensors file; refuses to read once the file differs from its header's record.
+
+    Reads use absolute offsets, so threads may share one.
+    """
+
+    def __init__(self, header: SafetensorsHeader) -> None:
+        self.header = header
+        self._descriptor, status = open_regular(header.path)
+        try:
+            self._check_unchanged(status)
+        except UserError:
+            self.close()
+            raise
+
+    def read(self, name: str) -> np.ndarray:
+        """Read a tensor into a fresh C-ordered array.
+
+        Raises:
+            UserError: the file changed, ended early or cannot be read.
+            KeyError: the file holds no such tensor.
+        """
+        info = self.header.tensors[name]
+        out = np.empty(info.shape, info.dtype)
+        self.read_into(name, out)
+        return out
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Read a tensor into `out`: a writable C-ordered array of its shape and dtype.
+
+        Raises:
+            UserError: as `read`.
+            ValueError: `out` does not fit the tensor.
+        """
+        info = self.header.tensors[name]
+        if out.shape != info.shape or out.dtype != info.dtype:
+            raise ValueError(
+                f"{name} is {info.dtype}{info.shape}, the buffer is {out.dtype}{out.shape}"
+            )
+        if not (out.flags.c_contiguous and out.flags.writeable):
+            raise ValueError(f"the buffer for {name} must be C-ordered and writable")
+        if self._descriptor < 0:
+            raise ValueError(f"{self.header.path} is closed")
+        data = out.reshape(-1).view(np.uint8)
+        self._check_unchanged(os.fstat(self._descriptor))
+        read_exactly(self._descriptor, self.header.path, memoryview(data), info.start)
+        # Once more, for a writer that came in between: half old, half new bytes are worse than
+        # an error.
+        self._check_unchanged(os.fstat(self._descriptor))
+        if info.dtype == np.bool_ and data.size and data.max() > 1:
+            raise _bad_tensor(info.file, name, f"BOOL holds the byte {data.max()}, not 0 or 1")
+
+    def close(self) -> None:
+        """Close the file; safe to call twice."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_unchanged(self, status: os.stat_result) -> None:
+        expected = (self.header.file_size, self.header.mtime_ns)
+        if (status.st_size, status.st_mtime_ns) == expected:
+            return
+        raise UserError(
+            f"{self.header.path}: the file changed while being read (it had {expected[0]} bytes, "
+            f"it has {status.st_size})",
+            "Wait until the download or copy is complete, then start again.",
+            EXIT_FAILURE,
+        )
+
+
+def open_regular(path: Path) -> tuple[int, os.stat_result]:
+    """Open an ordinary file for reading: its descriptor, which the caller closes, and its status.
+
+    Raises:
+        UserError: there is no such file, it is a pipe, device or folder, or it cannot be opened.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise malformed(
+                path, "is not an ordinary file", "Pipes, devices and folders are not read."
+            )
+        # Non-blocking, so that a pipe put there since the line above cannot hang us.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return descriptor, os.fstat(descriptor)
+
+
+def read_exactly(descriptor: int, path: Path, out: memoryview, offset: int) -> None:
+    """Fill `out` from `offset` of the file, however few bytes the kernel hands over at a time.
+
+    Raises:
+        UserError: the file ended before, or the disk failed.
+    """
+    done = 0
+    while done < len(out):
+        try:
+            count = os.preadv(descriptor, [out[done : done + _READ_PIECE]], offset + done)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if count == 0:
+            raise malformed(path, f"ended at byte {offset + done} while being read")
+        done += count
+
+
+def parse_json(raw: bytes, path: Path, what: str) -> dict[str, Any]:
+    """Parse strict JSON that must be an object; `path` and `what` are named in errors.
+
+    Stricter than `json.loads`: UTF-8 only, no key twice in an object, no NaN or Infinity (nor
+    1e999), bounded depth and number of items.
+
+    Raises:
+        UserError: the bytes are not that.
+    """
+    brackets = raw.translate(_CURLY_TO_SQUARE, _NOT_BRACKETS)
+    if raw.count(b",") + len(brackets) > _MAX_JSON_ITEMS:
+        raise malformed(path, f"{what} has more than {_MAX_JSON_ITEMS} JSON items")
+    # Checked before parsing, because how deep the parser may go depends on the caller's stack.
+    # Brackets inside strings count too, which is why the limit is far above any real file's.
+    if _depth(brackets) > _MAX_JSON_DEPTH:
+        raise malformed(path, f"{what} is nested deeper than {_MAX_JSON_DEPTH} levels")
+    try:
+        document = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_float=_finite_float,
+            parse_constant=_refuse_constant,
+        )
+    except (ValueError, RecursionError) as error:
+        raise malformed(path, f"{what} is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise malformed(path, f"{what} must be a JSON object, got {show(document)}")
+    return document
+
+
+def malformed(path: Path, problem: str, hint: str = DOWNLOAD_AGAIN) -> UserError:
+    """Build the error for a file whose content or kind is wrong."""
+    return UserError(f"{path}: {problem}", hint, EXIT_USAGE)
+
+
+def show(value: object) -> str:
+    """Untrusted values for messages: control characters escaped, long ones cut."""
+    return _shorten.repr(value)
+
+
+def refuse_lfs_pointer(path: Path, head: bytes | bytearray) -> None:
+    """Raise UserError if a file that begins with `head` is a Git LFS pointer."""
+    if head.startswith(_LFS_PREFIX):
+        raise malformed(
+            path,
+            "is a Git LFS pointer, a text that stands for the file, not the file itself",
+            "Run `git lfs pull` in the model folder, or download the model again.",
+        )
+
+
+def _read_header_bytes(descriptor: int, path: Path, size: int) -> bytes:
+    head = bytearray(min(size, 64))
+    read_exactly(descriptor, path, memoryview(head), 0)
+    refuse_lfs_pointer(path, head)
+    if size < _PREFIX_BYTES:
+        raise malformed(path, f"has {size} bytes; a safetensors file has at least 8")
+    length = int.from_bytes(head[:_PREFIX_BYTES], "little")
+    if length == 0:
+        raise malformed(path, "says that its header has 0 bytes")
+    if length > _MAX_HEADER_BYTES:
+        raise malformed(
+            path,
+            f"says that its header has {length} bytes; at most {_MAX_HEADER_BYTES} are allowed",
+            "This is no safetensors file, or a damaged one. " + DOWNLOAD_AGAIN,
+        )
+    if length > size - _PREFIX_BYTES:
+        raise malformed(
+            path,
+            f"is truncated: its header should have {length} bytes and the whole file has {size}",
+        )
+    if head[_PREFIX_BYTES : _PREFIX_BYTES + 1] != b"{":
+        raise malformed(path, "its header does not begin with '{'")
+    raw = bytearray(length)
+    read_exactly(descriptor, path, memoryview(raw), _PREFIX_BYTES)
+    return bytes(raw)
+
+
+def _check_metadata(path: Path, metadata: object) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        raise malformed(path, f"__metadata__ must be an object, got {show(metadata)}")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise malformed(path, f"__metadata__ {show(key)} must be a string, got {show(value)}")
+    return metadata
+
+
+def _check_entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != _ENTRY_KEYS:
+        raise _bad_tensor(
+            path, name, f"must have exactly dtype, shape and data_offsets, got {show(entry)}"
+        )
+    dtype = _check_dtype(path, name, entry["dtype"])
+    shape = _check_integers(path, name, "shape", entry["shape"])
+    if len(shape) > _MAX_DIMS:
+        raise _bad_tensor(path, name, f"has {len(shape)} dimensions; at most {_MAX_DIMS} are read")
+    # The non-zero dimensions must fit too: numpy refuses (0, 2**62, 2**62) as we do.
+    if math.prod(dim for dim in shape if dim) * dtype.itemsize > _MAX_INT64:
+        raise _bad_tensor(path, name, f"shape {show(list(shape))} overflows 64 bits")
+    offsets = _check_integers(path, name, "data_offsets", entry["data_offsets"])
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _bad_tensor(
+            path, name, f"data_offsets must be [start, end], start <= end, got {show(offsets)}"
+        )
+    start, end = offsets
+    expected = math.prod(shape) * dtype.itemsize
+    if end - start != expected:
+        raise _bad_tensor(
+            path,
+            name,
+            f"data_offsets {show([start, end])} span {show(end - start)} bytes; {entry['dtype']} "
+            f"of shape {show(list(shape))} needs {expected}",
+        )
+    return TensorInfo(name, dtype, shape, path, data_start + start, data_start + end)
+
+
+def _check_dtype(path: Path, name: str, dtype: object) -> np.dtype[Any]:
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    why = " (it packs several values in a byte)" if dtype in SUB_BYTE_DTYPES else ""
+    raise malformed(
+        path,
+        f"tensor {show(name)}: dtype {show(dtype)} is not read{why}",
+        f"Dtypes that are read: {', '.join(DTYPES)}.",
+    )
+
+
+def _check_integers(path: Path, name: str, field: str, values: object) -> tuple[int, ...]:
+    def valid(value: object) -> bool:
+        # `type() is int`: True and 3.0 are not sizes, whatever Python says.
+        return type(value) is int and 0 <= value <= _MAX_INT64
+
+    if not isinstance(values, list) or not all(map(valid, values)):
+        raise _bad_tensor(
+            path,
+            name,
+            f"{field} must be a list of integers from 0 to 2**63 - 1, got {show(values)}",
+        )
+    return tuple(values)
+
+
+def _check_tiling(
+    path: Path, tensors: dict[str, TensorInfo], data_start: int, file_size: int
+) -> None:
+    reached, before = data_start, "the header"
+    for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):
+        step = info.start - reached
+        if step < 0:
+            raise _bad_tensor(path, info.name, f"overlaps {show(before)} by {-step} bytes")
+        if step > 0:
+            raise _bad_tensor(path, info.name, f"leaves a gap of {step} bytes after {show(before)}")
+        reached, before = info.end, info.name
+    if reached > file_size:
+        raise malformed(
+            path,
+            f"is truncated: it has {file_size} bytes and should have {reached}; "
+            f"{show(before)} is among the tensors lost",
+        )
+    if reached < file_size:
+        raise malformed(path, f"has {file_size - reached} bytes after the last tensor's end")
+
+
+def _bad_tensor(path: Path, name: str, problem: str) -> UserError:
+    return malformed(path, f"tensor {show(name)}: {problem}")
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read: {error.strerror}", "", EXIT_FAILURE)
+
+
+def _depth(brackets: bytes) -> int:
+    steps = np.where(np.frombuffer(brackets, np.uint8) == ord("["), 1, -1)
+    return int(steps.cumsum().max(initial=0))
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {show(twice)} appears twice")
+    return result
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {show(text)} is out of range")
+    return value
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a JSON number")

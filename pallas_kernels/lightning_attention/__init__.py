@@ -1,0 +1,1 @@
+"""Lightning attention: chunked prefill and decode over slots of recurrent state."""

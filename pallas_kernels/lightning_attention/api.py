@@ -1,0 +1,130 @@
+"""Lightning attention over slots of recurrent state: the public functions and their checks.
+
+Slot 0 is NULL: rows and segments that name it are padding, give zero and change nothing. Slots
+in one call are distinct (except NULL); slots not named come back bit for bit. A fresh segment
+never sees what its slot held. Formula: DESIGN of the Bailing family, simple GLA with a constant
+decay a head (see `reference.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.lightning_attention import reference, xla
+
+CHUNK_SIZE = 64
+
+for _name, _module in (("xla", xla), ("reference", reference)):
+    dispatch.register("lightning_prefill", _name, _module.lightning_prefill)
+    dispatch.register("lightning_decode", _name, _module.lightning_decode)
+
+
+def lightning_prefill(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    state: jax.Array,
+    *,
+    slots: jax.Array,
+    cu_seqlens: jax.Array,
+    is_fresh: jax.Array,
+    scale: float,
+    chunk_size: int = CHUNK_SIZE,
+    implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """Fold packed segments into their slots.
+
+    Args:
+        q: [T, N, K], as k; float32 or bfloat16.
+        k: [T, N, K].
+        v: [T, N, V].
+        log_decay: float32 [N], <= 0, per token.
+        state: [S, N, K, V] float32 or bfloat16; donate it.
+        slots: int32 [P], the slot of each segment, 0 for pads.
+        cu_seqlens: int32 [P + 1], not decreasing, starting at 0; segment p holds rows
+            cu_seqlens[p] to cu_seqlens[p + 1]. Rows beyond the last are padding.
+        is_fresh: bool [P], whether a segment starts from zero instead of its slot.
+        scale: the factor of the output, head_dim ** -0.5.
+        chunk_size: tokens a chunk of the matrix form.
+        implementation: "auto" or a registered name.
+
+    Returns:
+        o [T, N, V] in v's dtype, and the state.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or no implementation can run.
+    """
+    _check(q, k, v, log_decay, state)
+    segments = slots.shape[0]
+    if cu_seqlens.shape != (segments + 1,) or is_fresh.shape != (segments,):
+        raise ValueError(
+            f"{segments} slots need cu_seqlens [{segments + 1}] and is_fresh [{segments}], got "
+            f"{cu_seqlens.shape} and {is_fresh.shape}"
+        )
+    run = dispatch.choose("lightning_prefill", implementation, q, k, v, log_decay, state)
+    return _jit(run, "scale", "chunk_size")(
+        q, k, v, log_decay, state, slots=slots, cu_seqlens=cu_seqlens, is_fresh=is_fresh,
+        scale=scale, chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+def lightning_decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    state: jax.Array,
+    *,
+    slots: jax.Array,
+    scale: float,
+    implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """Fold one token into each slot.
+
+    Args:
+        q: [B, N, K], as k.
+        k: [B, N, K].
+        v: [B, N, V].
+        log_decay: float32 [N], <= 0.
+        state: [S, N, K, V]; donate it.
+        slots: int32 [B], distinct; 0 for pad rows.
+        scale: the factor of the output.
+        implementation: "auto" or a registered name.
+
+    Returns:
+        o [B, N, V] in v's dtype, and the state.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or no implementation can run.
+    """
+    _check(q, k, v, log_decay, state)
+    if slots.shape != q.shape[:1]:
+        raise ValueError(f"one slot a row: rows {q.shape[0]}, slots {slots.shape}")
+    run = dispatch.choose("lightning_decode", implementation, q, k, v, log_decay, state)
+    return _jit(run, "scale")(q, k, v, log_decay, state, slots=slots, scale=scale)
+
+
+@functools.cache
+def _jit(run, *static: str):
+    """A jit of its own, so that all layers share one trace of the operator."""
+    return jax.jit(run, static_argnames=static)
+
+
+def _check(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, state: jax.Array
+) -> None:
+    rows, heads, key_dim = q.shape
+    value_dim = v.shape[-1]
+    if k.shape != q.shape or v.shape != (rows, heads, value_dim):
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: want [T,N,K] twice and [T,N,V]")
+    if log_decay.shape != (heads,) or log_decay.dtype != jnp.float32:
+        raise ValueError(f"log_decay: want float32 [{heads}], got {log_decay.dtype}{log_decay.shape}")
+    if state.ndim != 4 or state.shape[1:] != (heads, key_dim, value_dim):
+        raise ValueError(f"state: want [S,{heads},{key_dim},{value_dim}], got {state.shape}")
+    if state.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"state: want float32 or bfloat16, got {state.dtype}")

@@ -1,0 +1,47 @@
+"""The specification of lightning attention: a scan over tokens, in float32.
+
+    S_t = exp(g) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
+
+Rows beyond the segments give zero, segments without rows and slot 0 leave the state alone.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.compat import einsum
+
+
+def lightning_prefill(q, k, v, log_decay, state, *, slots, cu_seqlens, is_fresh, scale, **_):
+    """See `api.lightning_prefill`."""
+    decay = jnp.exp(log_decay)[:, None, None]
+
+    def token(state, row):
+        segment = jnp.searchsorted(cu_seqlens[1:], row, side="right")
+        exists = segment < slots.shape[0]
+        segment = jnp.minimum(segment, slots.shape[0] - 1)
+        slot = slots[segment]
+        exists &= slot != 0
+        starts = is_fresh[segment] & (row == cu_seqlens[segment])
+        old = jnp.where(starts, 0, state[slot].astype(jnp.float32))
+        new, o = _token(old, q[row], k[row], v[row], decay, scale)
+        state = state.at[slot].set(jnp.where(exists, new.astype(state.dtype), state[slot]))
+        return state, jnp.where(exists, o, 0).astype(v.dtype)
+
+    state, o = jax.lax.scan(token, state, jnp.arange(q.shape[0]))
+    return o, state
+
+
+def lightning_decode(q, k, v, log_decay, state, *, slots, scale):
+    """See `api.lightning_decode`."""
+    batch = slots.shape[0]
+    return lightning_prefill(
+        q, k, v, log_decay, state, slots=slots, cu_seqlens=jnp.arange(batch + 1),
+        is_fresh=jnp.zeros(batch, bool), scale=scale,
+    )  # fmt: skip
+
+
+def _token(state, q, k, v, decay, scale):
+    new = decay * state + einsum("nk,nv->nkv", k, v)
+    return new, scale * einsum("nkv,nk->nv", new, q.astype(jnp.float32))

@@ -1,0 +1,120 @@
+"""Lightning attention as matrix work through XLA: any platform, any shape.
+
+Prefill cuts each segment into chunks. Inside a chunk the recurrence is a masked, decayed product
+like attention; between chunks only the state travels. With b_i = (i + 1) g inside a chunk:
+
+    o_i = scale * ( sum_{j<=i} exp(b_i - b_j) (q_i . k_j) v_j  +  exp(b_i) S_prev^T q_i )
+    S_next = exp(n g) S_prev + sum_j exp((n - 1 - j) g) k_j v_j^T       n valid rows
+
+Every exponent is <= 0, so nothing overflows however fast a head forgets.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.compat import einsum
+from pallas_kernels.tiles import Tiles, put_rows, take_rows, tile_segments
+
+
+def lightning_prefill(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    state: jax.Array,
+    *,
+    slots: jax.Array,
+    cu_seqlens: jax.Array,
+    is_fresh: jax.Array,
+    scale: float,
+    chunk_size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.lightning_prefill`."""
+    tiles = tile_segments(cu_seqlens, q.shape[0], chunk_size)
+    q_tile, k_tile, v_tile = (take_rows(x, tiles) for x in (q, k, v))
+    old = state[slots]
+    entering = jnp.where(is_fresh[:, None, None, None], 0, old.astype(jnp.float32))
+    before, after = _states(k_tile, v_tile, log_decay, entering, tiles)
+    o = scale * (
+        _within_chunk(q_tile, k_tile, v_tile, log_decay)
+        + _from_before(q_tile, before, log_decay)
+    )
+    # Rows that do not exist stay in the tiles; put_rows drops them.
+    o = put_rows(o.astype(v.dtype), tiles, q.shape[0])
+    runs = (cu_seqlens[1:] > cu_seqlens[:-1]) & (slots != 0)
+    leaving = after[tiles.last_tile].astype(state.dtype)
+    # Segments that do not run write back the bits they found: several pads name slot 0, and
+    # they all write the same.
+    new = jnp.where(runs[:, None, None, None], leaving, old)
+    o = jnp.where((_row_segments(cu_seqlens, slots, q.shape[0]))[:, None, None], o, 0)
+    return o, state.at[slots].set(new, mode="promise_in_bounds")
+
+
+def _row_segments(cu_seqlens: jax.Array, slots: jax.Array, num_rows: int) -> jax.Array:
+    """bool [T]: whether a row lies in a segment with a slot."""
+    row = jnp.arange(num_rows)
+    segment = jnp.searchsorted(cu_seqlens[1:], row, side="right")
+    return (segment < slots.shape[0]) & (slots[jnp.minimum(segment, slots.shape[0] - 1)] != 0)
+
+
+def _within_chunk(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array) -> jax.Array:
+    """What tokens of a chunk read from its own tokens: [n, C, N, V] float32."""
+    distance = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])[None, :]
+    decay = jnp.exp(log_decay[:, None, None] * jnp.maximum(distance, 0))
+    decay = jnp.where(distance >= 0, decay, 0)
+    scores = einsum("ginh,gjnh->gnij", q, k) * decay
+    return einsum("gnij,gjnv->ginv", scores, v.astype(jnp.float32))
+
+
+def _from_before(q: jax.Array, before: jax.Array, log_decay: jax.Array) -> jax.Array:
+    """What tokens of a chunk read from the state before it: [n, C, N, V] float32."""
+    age = jnp.arange(1, q.shape[1] + 1)
+    decay = jnp.exp(age[:, None] * log_decay)
+    return einsum("ginh,gnhv->ginv", q.astype(jnp.float32), before) * decay[:, :, None]
+
+
+def _states(
+    k: jax.Array, v: jax.Array, log_decay: jax.Array, entering: jax.Array, tiles: Tiles
+) -> tuple[jax.Array, jax.Array]:
+    """The state before and after every chunk: each [n, N, K, V] float32."""
+    left = jnp.maximum(tiles.length[:, None] - 1 - jnp.arange(k.shape[1]), 0)
+    k = k * jnp.exp(left[:, :, None] * log_decay)[..., None]
+    added = einsum("gjnk,gjnv->gnkv", k, v.astype(jnp.float32))
+    decay = jnp.exp(tiles.length[:, None] * log_decay)[:, :, None, None]
+
+    def chunk(state, tile):
+        added, decay, is_first, entering_segment = tile
+        before = jnp.where(is_first, entering[entering_segment], state)
+        after = decay * before + added
+        return after, (before, after)
+
+    start = jnp.zeros(entering.shape[1:], jnp.float32)
+    _, states = jax.lax.scan(chunk, start, (added, decay, tiles.is_first, tiles.segment))
+    return states
+
+
+def lightning_decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    state: jax.Array,
+    *,
+    slots: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.lightning_decode`."""
+    old = state[slots]
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    new = jnp.exp(log_decay)[:, None, None] * old.astype(jnp.float32)
+    new = new + wide[1][..., :, None] * wide[2][..., None, :]
+    o = scale * einsum("bnkv,bnk->bnv", new, wide[0])
+    runs = slots != 0
+    # Pad rows write back what slot 0 holds, all of them the same bits.
+    state = state.at[slots].set(
+        jnp.where(runs[:, None, None, None], new.astype(state.dtype), old),
+        mode="promise_in_bounds",
+    )
+    return jnp.where(runs[:, None, None], o, 0).astype(v.dtype), state

@@ -1,0 +1,1 @@
+"""Grouped-query softmax attention over pages of keys and values."""
