@@ -17,7 +17,6 @@ import reprlib
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 import ml_dtypes
@@ -103,6 +102,10 @@ class SafetensorsHeader:
     header_sha256: str
 
 
+class _EntryError(Exception):
+    """What is wrong with one tensor's entry; `read_header` adds the file and the name."""
+
+
 def read_header(path: Path) -> SafetensorsHeader:
     """Read and check the header of a safetensors file.
 
@@ -117,9 +120,12 @@ def read_header(path: Path) -> SafetensorsHeader:
     document = parse_json(raw, path, "the safetensors header")
     metadata = _check_metadata(path, document.pop("__metadata__", {}))
     data_start = _PREFIX_BYTES + len(raw)
-    tensors = {
-        name: _check_entry(path, name, entry, data_start) for name, entry in document.items()
-    }
+    tensors = {}
+    for name, entry in document.items():
+        try:
+            tensors[name] = _check_entry(name, entry, path, data_start)
+        except _EntryError as error:
+            raise malformed(path, f"tensor {show(name)}: {error}") from error
     _check_tiling(path, tensors, data_start, status.st_size)
     digest = hashlib.sha256(raw).hexdigest()
     return SafetensorsHeader(path, tensors, metadata, status.st_size, status.st_mtime_ns, digest)
@@ -132,6 +138,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, header: SafetensorsHeader) -> None:
+        """Open the file that `header` was read from; raises UserError if it has changed."""
         self.header = header
         self._descriptor, status = open_regular(header.path)
         try:
@@ -175,7 +182,8 @@ class SafetensorsFile:
         # an error.
         self._check_unchanged(os.fstat(self._descriptor))
         if info.dtype == np.bool_ and data.size and data.max() > 1:
-            raise _bad_tensor(info.file, name, f"BOOL holds the byte {data.max()}, not 0 or 1")
+            problem = f"BOOL holds the byte {data.max()}, not 0 or 1"
+            raise malformed(info.file, f"tensor {show(name)}: {problem}")
 
     def close(self) -> None:
         """Close the file; safe to call twice."""
@@ -184,14 +192,11 @@ class SafetensorsFile:
             os.close(descriptor)
 
     def __enter__(self) -> SafetensorsFile:
+        """Return the open file itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
         self.close()
 
     def _check_unchanged(self, status: os.stat_result) -> None:
@@ -301,15 +306,11 @@ def _read_header_bytes(descriptor: int, path: Path, size: int) -> bytes:
     if length == 0:
         raise malformed(path, "says that its header has 0 bytes")
     if length > _MAX_HEADER_BYTES:
-        raise malformed(
-            path,
-            f"says that its header has {length} bytes; at most {_MAX_HEADER_BYTES} are allowed",
-            "This is no safetensors file, or a damaged one. " + DOWNLOAD_AGAIN,
-        )
+        limit = f"at most {_MAX_HEADER_BYTES} are allowed"
+        raise malformed(path, f"says that its header has {length} bytes; {limit}")
     if length > size - _PREFIX_BYTES:
         raise malformed(
-            path,
-            f"is truncated: its header should have {length} bytes and the whole file has {size}",
+            path, f"is truncated: its header alone has {length} bytes, the whole file {size}"
         )
     if head[_PREFIX_BYTES : _PREFIX_BYTES + 1] != b"{":
         raise malformed(path, "its header does not begin with '{'")
@@ -327,56 +328,43 @@ def _check_metadata(path: Path, metadata: object) -> dict[str, str]:
     return metadata
 
 
-def _check_entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+def _check_entry(name: str, entry: object, path: Path, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != _ENTRY_KEYS:
-        raise _bad_tensor(
-            path, name, f"must have exactly dtype, shape and data_offsets, got {show(entry)}"
-        )
-    dtype = _check_dtype(path, name, entry["dtype"])
-    shape = _check_integers(path, name, "shape", entry["shape"])
+        raise _EntryError(f"must have exactly dtype, shape and data_offsets, got {show(entry)}")
+    dtype = _check_dtype(entry["dtype"])
+    shape = _check_integers("shape", entry["shape"])
     if len(shape) > _MAX_DIMS:
-        raise _bad_tensor(path, name, f"has {len(shape)} dimensions; at most {_MAX_DIMS} are read")
-    # The non-zero dimensions must fit too: numpy refuses (0, 2**62, 2**62) as we do.
+        raise _EntryError(f"has {len(shape)} dimensions; at most {_MAX_DIMS} are read")
+    # Without the zeros: numpy cannot make an array of shape (0, 2**62, 2**62) either.
     if math.prod(dim for dim in shape if dim) * dtype.itemsize > _MAX_INT64:
-        raise _bad_tensor(path, name, f"shape {show(list(shape))} overflows 64 bits")
-    offsets = _check_integers(path, name, "data_offsets", entry["data_offsets"])
+        raise _EntryError(f"shape {show(shape)} overflows 64 bits")
+    offsets = _check_integers("data_offsets", entry["data_offsets"])
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _bad_tensor(
-            path, name, f"data_offsets must be [start, end], start <= end, got {show(offsets)}"
-        )
+        raise _EntryError(f"data_offsets must be a start and an end after it, got {show(offsets)}")
     start, end = offsets
-    expected = math.prod(shape) * dtype.itemsize
-    if end - start != expected:
-        raise _bad_tensor(
-            path,
-            name,
-            f"data_offsets {show([start, end])} span {show(end - start)} bytes; {entry['dtype']} "
-            f"of shape {show(list(shape))} needs {expected}",
+    needed = math.prod(shape) * dtype.itemsize
+    if end - start != needed:
+        raise _EntryError(
+            f"data_offsets {show(offsets)} span {end - start} bytes, but {entry['dtype']} of "
+            f"shape {show(shape)} has {needed}"
         )
     return TensorInfo(name, dtype, shape, path, data_start + start, data_start + end)
 
 
-def _check_dtype(path: Path, name: str, dtype: object) -> np.dtype[Any]:
+def _check_dtype(dtype: object) -> np.dtype[Any]:
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     why = " (it packs several values in a byte)" if dtype in SUB_BYTE_DTYPES else ""
-    raise malformed(
-        path,
-        f"tensor {show(name)}: dtype {show(dtype)} is not read{why}",
-        f"Dtypes that are read: {', '.join(DTYPES)}.",
-    )
+    raise _EntryError(f"dtype {show(dtype)} is not read{why}; those that are: {', '.join(DTYPES)}")
 
 
-def _check_integers(path: Path, name: str, field: str, values: object) -> tuple[int, ...]:
-    def valid(value: object) -> bool:
-        # `type() is int`: True and 3.0 are not sizes, whatever Python says.
-        return type(value) is int and 0 <= value <= _MAX_INT64
-
-    if not isinstance(values, list) or not all(map(valid, values)):
-        raise _bad_tensor(
-            path,
-            name,
-            f"{field} must be a list of integers from 0 to 2**63 - 1, got {show(values)}",
+def _check_integers(field: str, values: object) -> tuple[int, ...]:
+    # `type() is int`: True and 3.0 are not sizes, whatever Python says.
+    if not isinstance(values, list) or not all(
+        type(value) is int and 0 <= value <= _MAX_INT64 for value in values
+    ):
+        raise _EntryError(
+            f"{field} must be a list of integers from 0 to 2**63-1, got {show(values)}"
         )
     return tuple(values)
 
@@ -387,10 +375,10 @@ def _check_tiling(
     reached, before = data_start, "the header"
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):
         step = info.start - reached
-        if step < 0:
-            raise _bad_tensor(path, info.name, f"overlaps {show(before)} by {-step} bytes")
-        if step > 0:
-            raise _bad_tensor(path, info.name, f"leaves a gap of {step} bytes after {show(before)}")
+        if step:
+            fault = "overlaps" if step < 0 else "leaves a gap after"
+            problem = f"{fault} {show(before)} ({abs(step)} bytes)"
+            raise malformed(path, f"tensor {show(info.name)}: {problem}")
         reached, before = info.end, info.name
     if reached > file_size:
         raise malformed(
@@ -402,12 +390,9 @@ def _check_tiling(
         raise malformed(path, f"has {file_size - reached} bytes after the last tensor's end")
 
 
-def _bad_tensor(path: Path, name: str, problem: str) -> UserError:
-    return malformed(path, f"tensor {show(name)}: {problem}")
-
-
 def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read: {error.strerror}", "", EXIT_FAILURE)
+    hint = "Check that the file exists, that you may read it and that the disk is healthy."
+    return UserError(f"{path}: cannot be read: {error.strerror}", hint, EXIT_FAILURE)
 
 
 def _depth(brackets: bytes) -> int:

@@ -1,0 +1,67 @@
+"""One decoder layer: h = x + attention(norm(x)),  y = h + mlp(norm(h))."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from bailing_jax.batch import BatchLayout
+from bailing_jax.config import ModelConfig
+from bailing_jax.layer_plan import LayerSpec
+from bailing_jax.layers.declare import Scope
+from bailing_jax.layers.gqa_attention import GqaAttention
+from bailing_jax.layers.lightning_attention import LightningAttention
+from bailing_jax.layers.mla_attention import MlaAttention
+from bailing_jax.layers.mlp import SwiGLU
+from bailing_jax.layers.moe import MoE
+from bailing_jax.layers.norms import RMSNorm
+from bailing_jax.layers.options import RuntimeOptions
+
+
+class DecoderLayer(nnx.Module):
+    """x [t, d] and the layer's state -> y [t, d] and the state.
+
+    Holds no layer index: layers of one kind are equal but for their arrays, and share a trace.
+    """
+
+    def __init__(
+        self, scope: Scope, spec: LayerSpec, config: ModelConfig, options: RuntimeOptions
+    ) -> None:
+        self.input_layernorm = RMSNorm(scope / "input_layernorm", config.norm_eps)
+        self.attention = _attention(scope / "attention", spec, config, options)
+        self.post_attention_layernorm = RMSNorm(
+            scope / "post_attention_layernorm", config.norm_eps
+        )
+        mlp = scope / "mlp"
+        self.mlp = SwiGLU(mlp) if spec.mlp == "dense" else MoE(mlp, config.moe, options.kernels)
+        self.spec = spec
+
+    def __call__(
+        self, x: jax.Array, state: jax.Array, layout: BatchLayout, log_decay: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        h, state = self.attend(x, state, layout, log_decay)
+        y = self.post_attention_layernorm(h)
+        y = self.mlp(y) if self.spec.mlp == "dense" else self.mlp(y, layout.exists())
+        return h + y, state
+
+    def attend(
+        self, x: jax.Array, state: jax.Array, layout: BatchLayout, log_decay: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The first half: x + attention(norm(x))."""
+        arguments = (self.input_layernorm(x), state, layout)
+        if self.spec.attention == "lightning":
+            arguments = (*arguments, log_decay)
+        y, state = self.attention(*arguments)
+        return x + y, state
+
+
+def _attention(
+    scope: Scope, spec: LayerSpec, config: ModelConfig, options: RuntimeOptions
+) -> LightningAttention | GqaAttention | MlaAttention:
+    if spec.attention == "lightning" and config.lightning is not None:
+        return LightningAttention(scope, config.lightning, config.norm_eps, options)
+    if spec.attention == "gqa" and config.gqa is not None:
+        return GqaAttention(scope, config.gqa, config.norm_eps, options)
+    if spec.attention == "mla" and config.mla is not None:
+        return MlaAttention(scope, config.mla, options)
+    raise ValueError(f"{config.architecture} has no {spec.attention} attention")

@@ -1,0 +1,102 @@
+"""Lightning attention: a linear recurrence with a constant decay a head.
+
+    q, k, v = x W_qkv;   q, k normed a head, then roped
+    S_t = exp(g) S_{t-1} + k_t v_t^T,   o_t = d^-0.5 S_t^T q_t
+    y = ( groupnorm(o) * sigmoid(x W_g) ) W_dense
+
+Every head has its own key and value head. The log decay g [n] comes in as an array, so that all
+layers of this kind share one trace.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bailing_jax.batch import BatchLayout
+from bailing_jax.config import Lightning
+from bailing_jax.layers.declare import Scope
+from bailing_jax.layers.linear import Linear
+from bailing_jax.layers.norms import RMSNorm
+from bailing_jax.layers.options import RuntimeOptions
+from bailing_jax.layers.rope import rotate_half_split
+from pallas_kernels import lightning_decode, lightning_prefill
+
+
+class LightningAttention(nnx.Module):
+    """x [t, d], state [slots, n, h, h] -> y [t, d], state."""
+
+    def __init__(
+        self, scope: Scope, config: Lightning, norm_eps: float, options: RuntimeOptions
+    ) -> None:
+        self.query_key_value = Linear(scope / "query_key_value")
+        if config.use_qk_norm:
+            self.query_layernorm = RMSNorm(scope / "query_layernorm", norm_eps)
+            self.key_layernorm = RMSNorm(scope / "key_layernorm", norm_eps)
+        self.g_proj = Linear(scope / "g_proj")
+        self.g_norm = RMSNorm(scope / "g_norm", norm_eps, groups=config.num_norm_groups)
+        self.dense = Linear(scope / "dense")
+        self.config = config
+        self.options = options
+
+    def __call__(
+        self, x: jax.Array, state: jax.Array, layout: BatchLayout, log_decay: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        q, k, v = self._project(x, layout.positions)
+        o, state = self._recur(q, k, v, state, layout, log_decay)
+        gate = jax.nn.sigmoid(self.g_proj(x).astype(jnp.float32)).astype(x.dtype)
+        o = self.g_norm(o.astype(x.dtype).reshape(x.shape[0], -1)) * gate
+        return self.dense(o), state
+
+    def _project(
+        self, x: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        config = self.config
+        qkv = self.query_key_value(x).reshape(-1, 3, config.num_heads, config.head_dim)
+        if config.use_silu:
+            qkv = jax.nn.silu(qkv.astype(jnp.float32)).astype(x.dtype)
+        q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+        if config.use_qk_norm:
+            q, k = self.query_layernorm(q), self.key_layernorm(k)
+        if config.rope is not None:
+            dtype = jnp.dtype(self.options.rotated_dtype)
+            q = rotate_half_split(q, positions, config.rope, dtype)
+            k = rotate_half_split(k, positions, config.rope, dtype)
+        return q, k, v
+
+    def _recur(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        state: jax.Array,
+        layout: BatchLayout,
+        log_decay: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Each region with its own slots; a region without rows is not computed."""
+        scale = self.config.head_dim**-0.5
+        kernels = self.options.kernels
+        outputs = []
+        for rows, region in (
+            (layout.decode_rows, layout.decode_region()),
+            (layout.prefill_rows, layout.prefill_region()),
+        ):
+            part = (rows(q), rows(k), rows(v), log_decay, state)
+            if part[0].shape[0] == 0:
+                o = part[2]
+            elif region.cu_seqlens is None or region.is_fresh is None:
+                o, state = lightning_decode(
+                    *part, slots=region.slots, scale=scale, implementation=kernels
+                )
+            else:
+                o, state = lightning_prefill(
+                    *part,
+                    slots=region.slots,
+                    cu_seqlens=region.cu_seqlens,
+                    is_fresh=region.is_fresh,
+                    scale=scale,
+                    implementation=kernels,
+                )
+            outputs.append(o)
+        return layout.join(*outputs), state

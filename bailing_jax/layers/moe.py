@@ -1,0 +1,89 @@
+"""The mixture of experts: a group-limited sigmoid router, routed experts, shared experts.
+
+    s = sigmoid(x W)     s' = s + bias                      the bias only selects
+    group score = sum of its two largest s';  keep the best groups, the rest is -inf
+    ids = top-k of s';   w = s[ids] / (sum + 1e-20) * scaling factor
+    y = sum_i w_i expert_i(x) + shared(x)
+
+Everything up to the weights is float32. Equal scores go to the lower expert id.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bailing_jax.config import Moe
+from bailing_jax.layers.declare import Scope
+from bailing_jax.layers.mlp import SwiGLU
+from pallas_kernels import expert_mlp
+from pallas_kernels.compat import einsum
+
+
+class Router(nnx.Module):
+    """x [t, d] -> expert ids int32 [t, x] and weights float32 [t, x], best first."""
+
+    def __init__(self, scope: Scope, config: Moe) -> None:
+        self.weight = scope.param("weight")
+        self.expert_bias = scope.param("expert_bias")
+        self.config = config
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        config = self.config
+        scores = jax.nn.sigmoid(einsum("td,de->te", x.astype(jnp.float32), self.weight[...]))
+        biased = self._keep_best_groups(scores + self.expert_bias[...])
+        _, ids = jax.lax.top_k(biased, config.num_experts_per_token)
+        weights = jnp.take_along_axis(scores, ids, axis=1)
+        if config.num_experts_per_token > 1:
+            weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
+        return ids, weights * config.scaling_factor
+
+    def _keep_best_groups(self, biased: jax.Array) -> jax.Array:
+        config = self.config
+        if config.num_kept_groups == config.num_groups:
+            return biased
+        grouped = biased.reshape(biased.shape[0], config.num_groups, -1)
+        best_two, _ = jax.lax.top_k(grouped, 2)
+        _, kept = jax.lax.top_k(best_two.sum(-1), config.num_kept_groups)
+        keep = jax.nn.one_hot(kept, config.num_groups, dtype=jnp.bool_).any(axis=1)
+        return jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(biased.shape)
+
+
+class Experts(nnx.Module):
+    """The stacked weights of all routed experts: gate and up [e, d, f], down [e, f, d]."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.gate_proj = _Stacked(scope / "gate_proj")
+        self.up_proj = _Stacked(scope / "up_proj")
+        self.down_proj = _Stacked(scope / "down_proj")
+
+
+class _Stacked(nnx.Module):
+    def __init__(self, scope: Scope) -> None:
+        self.weight = scope.param("weight")
+
+
+class MoE(nnx.Module):
+    """x [t, d] -> [t, d]; rows that do not exist give zero from the routed experts."""
+
+    def __init__(self, scope: Scope, config: Moe, kernels: str) -> None:
+        self.gate = Router(scope / "gate", config)
+        self.experts = Experts(scope / "experts")
+        self.shared_experts = SwiGLU(scope / "shared_experts") if config.shared_width else None
+        self.kernels = kernels
+
+    def __call__(self, x: jax.Array, exists: jax.Array) -> jax.Array:
+        ids, weights = self.gate(x)
+        experts = self.experts
+        y = expert_mlp(
+            x,
+            experts.gate_proj.weight[...],
+            experts.up_proj.weight[...],
+            experts.down_proj.weight[...],
+            ids,
+            weights,
+            exists,
+            implementation=self.kernels,
+        )
+        return y if self.shared_experts is None else y + self.shared_experts(x)

@@ -1,0 +1,31 @@
+"""RMSNorm, and the grouped norm of lightning attention.
+
+    y = w * round( x32 / sqrt(mean(x32^2) + eps) )
+
+Statistics are float32; the normalised value is rounded to the input dtype before the weight
+multiplies, as the publishers do. The grouped norm takes the mean over each of `groups`
+contiguous parts of the last axis (the config's `group_norm_size` counts groups).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bailing_jax.layers.declare import Scope
+
+
+class RMSNorm(nnx.Module):
+    """x [..., width] -> same shape and dtype."""
+
+    def __init__(self, scope: Scope, eps: float, groups: int = 1) -> None:
+        self.weight = scope.param("weight")
+        self.eps = eps
+        self.groups = groups
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
+        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        y = (wide * jax.lax.rsqrt(mean + self.eps)).reshape(x.shape)
+        return self.weight[...] * y.astype(x.dtype)

@@ -1,0 +1,26 @@
+"""What a user chooses about how a model runs, as opposed to what the model is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """Choices shared by all layers.
+
+    Attributes:
+        dtype: of weights and activations: "float32", "bfloat16" or "float16".
+        rope_dtype: the dtype RoPE hands q and k on in ("float32" keeps them wide into
+            attention); None follows `dtype`.
+        kernels: "auto" or the name of one implementation for all operators.
+    """
+
+    dtype: str
+    rope_dtype: str | None = None
+    kernels: str = "auto"
+
+    @property
+    def rotated_dtype(self) -> str:
+        """The dtype of q and k after RoPE."""
+        return self.rope_dtype or self.dtype

@@ -1,0 +1,76 @@
+"""DecodeState: what the model remembers between steps, one leaf a layer.
+
+A lightning layer keeps a recurrent state a slot, [slots, N, K, V]; a softmax layer keeps pages,
+[pages, page_size, 2, Kh, H] (GQA) or [pages, page_size, r + p] (MLA). Slot 0 and page 0 are
+NULL: zero, never handed out. The state enters and leaves the jitted step donated. Who owns which
+slot or page is the engine's business and is not in here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from bailing_jax.config import ModelConfig
+from bailing_jax.layer_plan import layer_plan
+
+PAGE_SIZE = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeState:
+    """The leaves, in layer order."""
+
+    layers: tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """How much state to keep and in which dtypes.
+
+    Attributes:
+        num_slots: recurrent slots, NULL included.
+        num_pages: pages, NULL included.
+        page_dtype: of keys, values and latents (the model's dtype).
+        state_dtype: of the recurrent state: float32 or bfloat16.
+        page_size: tokens a page.
+    """
+
+    num_slots: int
+    num_pages: int
+    page_dtype: str
+    state_dtype: str = "float32"
+    page_size: int = PAGE_SIZE
+
+
+def leaf_shapes(config: ModelConfig, spec: StateSpec) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shape and dtype of every leaf."""
+    pages = (spec.num_pages, spec.page_size)
+
+    def leaf(kind: str) -> jax.ShapeDtypeStruct:
+        if kind == "lightning" and (att := config.lightning) is not None:
+            shape = (spec.num_slots, att.num_heads, att.head_dim, att.head_dim)
+            return jax.ShapeDtypeStruct(shape, jnp.dtype(spec.state_dtype))
+        if kind == "gqa" and (att := config.gqa) is not None:
+            shape = (*pages, 2, att.num_kv_heads, att.head_dim)
+        elif kind == "mla" and (att := config.mla) is not None:
+            shape = (*pages, att.kv_lora_rank + att.rope_dim)
+        else:
+            raise ValueError(f"{config.architecture} has no {kind} attention")
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(spec.page_dtype))
+
+    return tuple(leaf(layer.attention) for layer in layer_plan(config))
+
+
+def allocate(config: ModelConfig, spec: StateSpec) -> DecodeState:
+    """A state of zeros."""
+    return DecodeState(tuple(jnp.zeros(s.shape, s.dtype) for s in leaf_shapes(config, spec)))
+
+
+def state_bytes(config: ModelConfig, spec: StateSpec) -> int:
+    """Bytes of the whole state."""
+    return sum(math.prod(s.shape) * s.dtype.itemsize for s in leaf_shapes(config, spec))

@@ -1,0 +1,57 @@
+"""The routed experts of one layer: the public function and its checks."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.grouped_matmul import reference, xla
+
+for _name, _module in (("xla", xla), ("reference", reference)):
+    dispatch.register("expert_mlp", _name, _module.expert_mlp)
+
+
+def expert_mlp(
+    x: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    exists: jax.Array,
+    *,
+    implementation: str = "auto",
+) -> jax.Array:
+    """y_t = sum_i w_ti down_e(silu(gate_e x_t) * up_e x_t), e = expert_ids[t, i].
+
+    Args:
+        x: [T, d].
+        gate: [e, d, f].
+        up: [e, d, f].
+        down: [e, f, d].
+        expert_ids: int32 [T, x], distinct in a row.
+        weights: float32 [T, x].
+        exists: bool [T]; other rows cost nothing and give zero, whatever they hold.
+        implementation: "auto" or a registered name.
+
+    Returns:
+        [T, d] in x's dtype, accumulated in float32.
+
+    Raises:
+        ValueError: shapes do not fit, or no implementation can run.
+    """
+    rows, d = x.shape
+    experts, _, f = gate.shape
+    if gate.shape != (experts, d, f) or up.shape != gate.shape or down.shape != (experts, f, d):
+        raise ValueError(f"x {x.shape}, gate {gate.shape}, up {up.shape}, down {down.shape}")
+    if expert_ids.shape != weights.shape or expert_ids.shape[0] != rows or exists.shape != (rows,):
+        raise ValueError(f"ids {expert_ids.shape}, weights {weights.shape}, exists {exists.shape}")
+    run = dispatch.choose("expert_mlp", implementation, x, gate, up, down)
+    return _jit(run)(x, gate, up, down, expert_ids, weights, exists)
+
+
+@functools.cache
+def _jit(run):
+    return jax.jit(run)
