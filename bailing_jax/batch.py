@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bailing_jax.row import Row
+
 Array = jax.Array | np.ndarray
 
 
@@ -111,23 +113,6 @@ class BatchLayout:
         """bool [D + T]: rows that are somebody's token."""
         prefill = jnp.arange(self.num_prefill) < self.cu_seqlens[-1]
         return jnp.concatenate([self.decode_slots != 0, prefill])
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one sequence brings to a step: its new tokens and where its state is.
-
-    Attributes:
-        tokens: the new token ids; exactly one for a decode row.
-        slot: its slot, never 0.
-        pages: its pages in order, enough for context + tokens.
-        context: the tokens its state holds already; 0 starts it afresh.
-    """
-
-    tokens: Sequence[int]
-    slot: int
-    pages: Sequence[int]
-    context: int
 
 
 def pack(

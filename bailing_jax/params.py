@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -82,27 +82,24 @@ def describe(config: ModelConfig) -> tuple[Param, ...]:
     return tuple(params)
 
 
-# Tensors a released checkpoint may hold that a forward pass never reads.
-_UNUSED = (
-    ("rotary_emb.inv_freq", "RoPE tables", "computed from the config"),
-    (".slope", "decay slopes", "computed from the config"),
-)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
-def unused_reason(config: ModelConfig, name: str) -> tuple[str, str] | None:
-    """(group, why) for a checkpoint tensor that is recognised and not used, else None."""
-    match = _LAYER.match(name)
-    beyond = match is not None and int(match[1]) >= config.num_layers
-    if name.startswith("model.mtp") or (
-        beyond and match is not None and int(match[1]) < config.num_layers + config.num_mtp_layers
-    ):
-        return "MTP", "next-token prediction layers are not run"
-    for suffix, group, why in _UNUSED:
-        if name.endswith(suffix):
-            return group, why
+def unused_reason(config: ModelConfig, name: str, mtp_layers: Collection[int]) -> str | None:
+    """Why a checkpoint tensor is recognised and yet not read, or None when it is a stranger.
+
+    Args:
+        config: the model.
+        name: the tensor.
+        mtp_layers: layers beyond the model's own that hold next-token prediction weights.
+    """
+    layer = _LAYER.match(name)
+    if name.startswith("model.mtp") or (layer is not None and int(layer[1]) in mtp_layers):
+        return "MTP (next-token prediction layers are not run)"
+    if name.endswith("rotary_emb.inv_freq") or name.endswith(".slope"):
+        return "buffers (computed from the config)"
     if config.tie_embeddings and name == "lm_head.weight":
-        return "head", "tied to model.word_embeddings"
+        return "head (tied to model.word_embeddings)"
     return None
 
 

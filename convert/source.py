@@ -214,7 +214,7 @@ def count_not_finite(array: np.ndarray) -> tuple[int, int]:
 
     `array` is C-ordered; integers and bools have none. Needs memory for one block only.
     """
-    if array.dtype not in _NOT_FINITE:
+    if array.dtype.kind in "biu":
         return 0, -1
     unsigned, mask, marker = _NOT_FINITE[array.dtype]
     bits = array.reshape(-1).view(unsigned)
@@ -240,7 +240,7 @@ def _list_folder(folder: Path) -> set[str]:
 
 def _no_config(folder: Path, names: Iterable[str]) -> UserError:
     candidates = [folder / name for name in names] + sorted(folder.glob("snapshots/*"))
-    inner = [path for path in candidates if (path / CONFIG_NAME).is_file()]
+    inner = [path for path in candidates if os.path.isfile(path / CONFIG_NAME)]
     hint = "Give the folder that holds config.json and the safetensors files."
     if len(inner) == 1:
         hint = f"Did you mean {inner[0]}?"

@@ -1,11 +1,12 @@
-"""An independent float64 model of Bailing V2, LinearV2 and V2.5: the second opinion on every result.
+"""An independent float64 model of Bailing V2, LinearV2 and V2.5: the second opinion on every run.
 
-One request, no cache, no batch, no chunks: the formulas, one after the other, on the Hugging Face config
-and the checkpoint's own tensors ([out, in], any dtype). Lightning layers are the token recurrence
+One request, no cache, no batch, no chunks: the formulas one after the other, on the Hugging Face
+config and the checkpoint's own tensors ([out, in], any dtype). Lightning layers are the recurrence
 S_t = decay * S_{t-1} + k_t v_t^T; MLA is materialised, never absorbed; softmax is dense.
-    x_0 = E[ids];  h = x + attention(norm(x));  x' = h + mlp(norm(h));  logits = norm(x_L) lm_head^T
-It must know nothing of the engine, so that a shared misreading cannot hide. Letters: t tokens, s earlier
-tokens, n query heads, k kv heads, h key dim, j value dim, p rope dims, e experts, x chosen experts, v vocabulary.
+    x_0 = E[ids];  h = x + attention(norm(x));  x' = h + mlp(norm(h));  logits = norm(x_L) head^T
+It must know nothing of the engine, so that a shared misreading cannot hide. Letters: t tokens,
+s earlier tokens, d model width, n query heads, k kv heads, h key dim, j value dim, p rope dims,
+e experts, x chosen experts, v vocabulary.
 """
 
 from __future__ import annotations
@@ -78,9 +79,6 @@ class Weights:
         return y + self.get(f"{name}.bias") if bias else y
 
 
-# ---------------------------------------------------------------- config
-
-
 def layer_kinds(config: Config) -> list[str]:
     """Attention of each layer: "gqa", "mla" or "lightning"."""
     architecture, layers = config["architectures"][0], config["num_hidden_layers"]
@@ -136,9 +134,6 @@ def _refuse_unknown(config: Config) -> None:
             raise ValueError(f"no reference for {key} = {config[key]!r}")
 
 
-# ---------------------------------------------------------------- primitives
-
-
 def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)), written so that a large -x cannot overflow."""
     return 0.5 * (1.0 + np.tanh(0.5 * x))
@@ -158,13 +153,6 @@ def group_rms_norm(x: Array, weight: Array, num_groups: int, eps: float) -> Arra
     """[t, D] with one rms for each of `num_groups` contiguous runs of channels; weight [D]."""
     grouped = x.reshape(len(x), num_groups, -1)
     return rms_norm(grouped, np.ones(()), eps).reshape(x.shape) * weight
-
-
-class Rotation(NamedTuple):
-    """cos and sin of every position [t, p/2], already multiplied by YaRN's attention factor."""
-
-    cos: Array
-    sin: Array
 
 
 def yarn_mscale(factor: float, weight: float) -> float:
@@ -199,26 +187,24 @@ def rope_frequencies(config: Config, dims: int) -> tuple[Array, float]:
     return frequencies, yarn_mscale(factor, 1.0)
 
 
-def rotation(config: Config, dims: int, tokens: int) -> Rotation:
-    """The rotation of positions 0 .. tokens-1."""
+def rotation(config: Config, dims: int, tokens: int) -> NDArray[np.complex128]:
+    """The turn of each pair of channels at positions 0 .. tokens-1, [t, 1, p/2]."""
     frequencies, attention_factor = rope_frequencies(config, dims)
-    angle = np.arange(tokens)[:, None] * frequencies
-    return Rotation(np.cos(angle) * attention_factor, np.sin(angle) * attention_factor)
+    angle = np.arange(tokens)[:, None, None] * frequencies
+    return np.asarray(attention_factor * np.exp(1j * angle), dtype=np.complex128)
 
 
-def rotate_half_split(x: Array, turn: Rotation) -> Array:
-    """Rotate channels (i, i + p/2) of the first p of x [t, n, h]; the others pass."""
-    half = turn.cos.shape[-1]
-    cos, sin = turn.cos[:, None], turn.sin[:, None]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+def rotate_half_split(x: Array, turn: NDArray[np.complex128]) -> Array:
+    """Turn channels (i, i + p/2) of the first p of x [t, n, h]; the others pass."""
+    half = turn.shape[-1]
+    pairs = (x[..., :half] + 1j * x[..., half : 2 * half]) * turn
+    return np.concatenate([pairs.real, pairs.imag, x[..., 2 * half :]], axis=-1)
 
 
-def rotate_interleaved(x: Array, turn: Rotation) -> Array:
-    """Rotate channels (2i, 2i + 1) of all of x [t, n, p]."""
-    cos, sin = turn.cos[:, None], turn.sin[:, None]
-    a, b = x[..., 0::2], x[..., 1::2]
-    return np.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+def rotate_interleaved(x: Array, turn: NDArray[np.complex128]) -> Array:
+    """Turn channels (2i, 2i + 1) of all of x [t, n, p]."""
+    pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * turn
+    return np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
 
 
 def causal_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
@@ -240,7 +226,7 @@ def lightning_slopes(heads: int) -> Array:
 
 
 def lightning_log_decay(config: Config, layer: int, offset: int) -> Array:
-    """ln of the decay of each head [n] in a layer: -slope * (1 - (layer - offset)/(layers - 1) + 1e-5)."""
+    """Log decay of each head [n]: -slope * (1 - (layer - offset) / (layers - 1) + 1e-5)."""
     layers = config["num_hidden_layers"]
     factor = 1 - (layer - offset) / (layers - 1) + 1e-5 if layers > 1 else 1 + 1e-5
     if config.get("lightning_layerwise_decay", True) is False:
@@ -249,7 +235,7 @@ def lightning_log_decay(config: Config, layer: int, offset: int) -> Array:
 
 
 def lightning(q: Array, k: Array, v: Array, log_decay: Array, scale: float) -> tuple[Array, Array]:
-    """The recurrence over tokens; q,k [t,n,h], v [t,n,j], log_decay [n] -> (o [t,n,j], S [n,h,j])."""
+    """The recurrence; q,k [t,n,h], v [t,n,j], log_decay [n] -> o [t,n,j], state [n,h,j]."""
     decay = np.exp(log_decay)[:, None, None]
     state = np.zeros((q.shape[1], q.shape[2], v.shape[2]))
     outputs = np.empty(v.shape)
@@ -301,9 +287,6 @@ def route(logits: Array, bias: Array, config: Config) -> Routing:
     return Routing(ids, weights * config["routed_scaling_factor"], margin)
 
 
-# ---------------------------------------------------------------- layers
-
-
 def swiglu(x: Array, w: Weights) -> Array:
     """down(silu(gate x) * up x)."""
     hidden = silu(w.linear(x, "gate_proj")) * w.linear(x, "up_proj")
@@ -311,7 +294,7 @@ def swiglu(x: Array, w: Weights) -> Array:
 
 
 def moe(x: Array, w: Weights, config: Config) -> tuple[Array, Routing]:
-    """Weighted sum of the chosen experts plus the shared experts, which have no gate and no scale."""
+    """Weighted sum of the chosen experts plus the shared ones, which have no gate or scale."""
     bias = w.get("gate.expert_bias", "gate.e_score_correction_bias", "experts.expert_bias")
     routing = route(w.linear(x, "gate"), bias, config)
     out = np.zeros_like(x)
@@ -325,30 +308,29 @@ def moe(x: Array, w: Weights, config: Config) -> tuple[Array, Routing]:
     return out, routing
 
 
-def _split_heads(x: Array, w: Weights, config: Config, kv_heads: int) -> tuple[Array, Array, Array]:
-    """The fused projection as q [t,n,h], k and v [t,k,h]: all q heads, then all k, then all v."""
-    heads = config["num_attention_heads"]
+def _qkv(
+    x: Array, w: Weights, config: Config, kv_heads: int, *, activate: bool, rope: bool
+) -> tuple[Array, Array, Array]:
+    """Project, activate, normalise, rotate: q [t,n,h], k and v [t,k,h]."""
+    heads, eps = config["num_attention_heads"], config["rms_norm_eps"]
     qkv = w.linear(x, "query_key_value", bias=config.get("use_qkv_bias", False))
     qkv = qkv.reshape(len(x), heads + 2 * kv_heads, head_dim(config))
-    return qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
-
-
-def _qk_norm(q: Array, k: Array, w: Weights, config: Config) -> tuple[Array, Array]:
-    """Per-head RMSNorm of q and k, with weights shared by all heads."""
-    if not config.get("use_qk_norm", True):
-        return q, k
-    eps = config["rms_norm_eps"]
-    q = rms_norm(q, w.get("query_layernorm.weight"), eps)
-    return q, rms_norm(k, w.get("key_layernorm.weight"), eps)
+    qkv = silu(qkv) if activate else qkv
+    # All q heads, then all k heads, then all v heads.
+    q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
+    if config.get("use_qk_norm", True):
+        q = rms_norm(q, w.get("query_layernorm.weight"), eps)
+        k = rms_norm(k, w.get("key_layernorm.weight"), eps)
+    if rope:
+        turn = rotation(config, rotary_dim(config), len(x))
+        q, k = rotate_half_split(q, turn), rotate_half_split(k, turn)
+    return q, k, v
 
 
 def gqa(x: Array, w: Weights, config: Config) -> Array:
     """Grouped-query softmax attention; each kv head serves consecutive query heads."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    q, k, v = _split_heads(x, w, config, kv_heads)
-    q, k = _qk_norm(q, k, w, config)
-    turn = rotation(config, rotary_dim(config), len(x))
-    q, k = rotate_half_split(q, turn), rotate_half_split(k, turn)
+    q, k, v = _qkv(x, w, config, kv_heads, activate=False, rope=True)
     serves = np.arange(heads) * kv_heads // heads
     o = causal_attention(q, k[:, serves], v[:, serves], head_dim(config) ** -0.5)
     return w.linear(o.reshape(len(x), -1), "dense", bias=config.get("use_bias", False))
@@ -357,14 +339,10 @@ def gqa(x: Array, w: Weights, config: Config) -> Array:
 def lightning_attention(
     x: Array, w: Weights, config: Config, log_decay: Array
 ) -> tuple[Array, Array]:
-    """Linear attention with as many kv heads as query heads; also the state after the last token."""
-    q, k, v = _split_heads(x, w, config, config["num_attention_heads"])
-    if config.get("linear_silu") or config.get("use_linear_silu"):
-        q, k, v = silu(q), silu(k), silu(v)
-    q, k = _qk_norm(q, k, w, config)
-    if config.get("linear_rope", True):
-        turn = rotation(config, rotary_dim(config), len(x))
-        q, k = rotate_half_split(q, turn), rotate_half_split(k, turn)
+    """Linear attention, every query head with its own kv head; also the last state [n,h,j]."""
+    activate = bool(config.get("linear_silu") or config.get("use_linear_silu"))
+    rope = config.get("linear_rope", True)
+    q, k, v = _qkv(x, w, config, config["num_attention_heads"], activate=activate, rope=rope)
     o, state = lightning(q, k, v, log_decay, head_dim(config) ** -0.5)
     # group_norm_size counts the groups. Norm first; the gate comes from x and is not normalised.
     groups, eps = config["group_norm_size"], config["rms_norm_eps"]
@@ -411,9 +389,6 @@ def mla(x: Array, w: Weights, config: Config) -> Array:
     )
 
 
-# ---------------------------------------------------------------- model
-
-
 def reference_forward(
     config: Config,
     tensors: Mapping[str, np.ndarray],
@@ -458,7 +433,7 @@ def reference_forward(
 def greedy(
     config: Config, tensors: Mapping[str, np.ndarray], prompt: Sequence[int], n: int
 ) -> tuple[list[int], float]:
-    """The next `n` argmax tokens, and the smallest gap of any choice on the way (token or expert)."""
+    """The next `n` argmax tokens and the smallest gap of any choice on the way: token or expert."""
     # Converted once: the whole prompt runs again for every token.
     exact = {name: np.asarray(value).astype(np.float64) for name, value in tensors.items()}
     tokens, margin = [int(i) for i in prompt], math.inf

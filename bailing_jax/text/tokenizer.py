@@ -2,7 +2,7 @@
 
 `load_tokenizer(folder, vocab_size)` -> `Tokenizer`: `encode`, `decode`, `stream`. Nothing is ever
 added around a text (this family prepends no bos). A token is a *control token* when the file marks
-it special. Text becomes control tokens in one place only, `_encode_marked`, by exact match of
+it special. Text becomes control tokens in one place only, `encode_guarded`, by exact match of
 their names; every other stretch goes through the library with special tokens switched off. The
 library cuts text at these same places, so ordinary tokenisation does not change. Chat templates
 and messages are `chat.py`'s; which ids end an answer is the engine's.
@@ -11,7 +11,6 @@ and messages are `chat.py`'s; which ids end an answer is the engine's.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +70,7 @@ class Tokenizer:
     """Text to ids and back; safe to share between threads, for nothing changes after loading."""
 
     def __init__(self, library: LibraryTokenizer) -> None:
+        """Take over `library`, changing its settings."""
         # What the file says about training-time batches must not cut or pad a prompt.
         library.no_truncation()
         library.no_padding()
@@ -78,28 +78,40 @@ class Tokenizer:
         library.add_special_tokens([name for name in _TURN_MARKERS if name in listed])
         library.encode_special_tokens = True  # the library now reads special tokens as text
         self._library = library
-        added = library.get_added_tokens_decoder()
-        special = {token_id: token for token_id, token in added.items() if token.special}
-        self.special_ids: frozenset[int] = frozenset(special)
-        self._marked, self._marker_ids = _marker_pattern(special)
-        names = sorted(token.content for token in special.values() if len(token.content) > 1)
+        markers = [
+            (token_id, token)
+            for token_id, token in library.get_added_tokens_decoder().items()
+            if token.special
+        ]
+        self.special_ids: frozenset[int] = frozenset(token_id for token_id, _ in markers)
+        # `guard` could not break a name of a single character: such a token is text only.
+        markers = [marker for marker in markers if len(marker[1].content) > 1]
+        markers.sort(key=lambda marker: -len(marker[1].content))  # the longest name wins
+        self._marker_ids = [token_id for token_id, _ in markers]
+        self._marker = _pattern([_marker_pattern(token) for _, token in markers], "%s")
         # The lookahead consumes one character, so names that overlap are all found.
-        self._guarded = _alternatives([f"(?={re.escape(name)})" for name in names], r"(?:%s)(.)")
+        self._marker_start = _pattern([re.escape(t.content) for _, t in markers], "(?=%s)(.)")
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of `text`; names of control tokens in it are text unless `allow_special`."""
-        return self._encode_marked(text, "") if allow_special else self._encode_plain(text)
+        return self.encode_guarded(text) if allow_special else self._encode_plain(text)
 
     def guard(self, text: str, mark: str) -> str:
-        """`text` with every control token's name broken by `mark`, for `encode_guarded`.
+        """`text` with the name of every control token in it broken by `mark`.
 
         `mark` is one character that occurs nowhere else in what will be encoded.
         """
-        return self._guarded.sub(lambda match: match[1] + mark, text) if self._guarded else text
+        return self._marker_start.sub(lambda match: match[1] + mark, text)
 
-    def encode_guarded(self, text: str, mark: str) -> list[int]:
-        """The ids of a rendered chat: names that `guard` broke are text, whole ones control."""
-        return self._encode_marked(text, mark)
+    def encode_guarded(self, text: str, mark: str = "") -> list[int]:
+        """The ids of `text`: whole names are control tokens, those that `guard` broke are text."""
+        ids: list[int] = []
+        end = 0
+        for match in self._marker.finditer(text):
+            ids += self._encode_plain(text[end : match.start()], mark)
+            ids.append(self._marker_ids[(match.lastindex or 0) - 1])
+            end = match.end()
+        return ids + self._encode_plain(text[end:], mark)
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, control tokens left out; bytes that are no UTF-8 become U+FFFD."""
@@ -113,15 +125,6 @@ class Tokenizer:
         """The id of the token written exactly `text`, or None."""
         return self._library.token_to_id(text)
 
-    def _encode_marked(self, text: str, mark: str) -> list[int]:
-        ids: list[int] = []
-        end = 0
-        for match in self._marked.finditer(text) if self._marked else ():
-            ids += self._encode_plain(text[end : match.start()], mark)
-            ids.append(self._marker_ids[(match.lastindex or 1) - 1])
-            end = match.end()
-        return ids + self._encode_plain(text[end:], mark)
-
     def _encode_plain(self, text: str, mark: str = "") -> list[int]:
         if mark:
             text = text.replace(mark, "")
@@ -129,7 +132,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"the text is not valid Unicode: a lone surrogate at character {error.start}",
+                f"the text is not valid Unicode: it has the lone surrogate {text[error.start]!r}",
                 "Decode the input as UTF-8 before passing it on.",
                 EXIT_USAGE,
             ) from error
@@ -143,6 +146,7 @@ class TextStream:
     """
 
     def __init__(self, library: LibraryTokenizer, skipped: frozenset[int]) -> None:
+        """Start at the beginning of a text; `skipped` ids have none."""
         self._library = library
         self._skipped = skipped
         self._waiting: list[int] = []
@@ -192,22 +196,11 @@ class TextStream:
         self._stream = DecodeStream(skip_special_tokens=True)
 
 
-def _alternatives(patterns: list[str], form: str) -> re.Pattern[str] | None:
-    return re.compile(form % "|".join(patterns), re.DOTALL) if patterns else None
+def _pattern(alternatives: list[str], form: str) -> re.Pattern[str]:
+    return re.compile(form % "|".join(alternatives) if alternatives else "(?!)", re.DOTALL)
 
 
-def _marker_pattern(
-    special: Mapping[int, AddedToken],
-) -> tuple[re.Pattern[str] | None, list[int]]:
-    """A pattern with one group a control token, longest name first, and the groups' ids.
-
-    Names of a single character are left out: `guard` could not break them.
-    """
-    markers = [(token_id, token) for token_id, token in special.items() if len(token.content) > 1]
-    markers.sort(key=lambda marker: -len(marker[1].content))
-    patterns = []
-    for _, token in markers:
-        # A stripping token swallows the blanks beside it. The look-behind keeps the search linear.
-        before = r"(?<!\s)\s*" if token.lstrip else ""
-        patterns.append(f"{before}({re.escape(token.content)})" + (r"\s*" if token.rstrip else ""))
-    return _alternatives(patterns, "%s"), [token_id for token_id, _ in markers]
+def _marker_pattern(token: AddedToken) -> str:
+    """One group with the token's name; a stripping token swallows the blanks beside it."""
+    before = r"(?<!\s)\s*" if token.lstrip else ""  # the look-behind keeps the search linear
+    return f"{before}({re.escape(token.content)})" + (r"\s*" if token.rstrip else "")

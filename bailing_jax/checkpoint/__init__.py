@@ -1,0 +1,1 @@
+"""Where parameters come from: released checkpoints, or random numbers for a named preset."""

@@ -1,0 +1,32 @@
+"""Random weights for a preset: to try sizes and speed where no checkpoint is at hand.
+
+Each parameter is drawn from a generator of its own, keyed by the seed and the parameter's path,
+so a weight does not depend on what else the model holds.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+import numpy as np
+
+from bailing_jax.config import ModelConfig
+from bailing_jax.layers.options import RuntimeOptions
+from bailing_jax.model import BailingForCausalLM, build, param_dtype
+from bailing_jax.params import Param
+
+
+def random_model(config: ModelConfig, options: RuntimeOptions, seed: int) -> BailingForCausalLM:
+    """A model of normal weights (standard deviation fan_in ** -0.5), unit norms, zero biases."""
+
+    def make(param: Param) -> jax.Array:
+        dtype = param_dtype(param, options)
+        if param.init != "normal":
+            return jax.device_put(np.full(param.shape, param.init == "ones", dtype))
+        generator = np.random.default_rng([seed, zlib.crc32(param.path.encode())])
+        values = generator.standard_normal(param.shape, np.float32)
+        values *= param.sources[0].shape[-1] ** -0.5
+        return jax.device_put(values.astype(dtype))
+
+    return build(config, options, make)

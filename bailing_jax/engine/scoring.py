@@ -1,0 +1,131 @@
+"""Reading whole token sequences: logits, hidden states and log probabilities at every position.
+
+The same layers and the same prefill chunks as generation, on a state of its own with one slot,
+so that scoring never touches a running request. Results leave the device chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from bailing_jax.batch import BatchLayout, pack
+from bailing_jax.config import ModelConfig
+from bailing_jax.engine.programs import Programs
+from bailing_jax.errors import EXIT_DOES_NOT_FIT, UserError
+from bailing_jax.row import Row
+from bailing_jax.state import DecodeState, StateSpec, allocate
+
+MAX_RESULT_BYTES = 4 * 2**30
+
+
+class Scorer:
+    """Scores one sequence at a time.
+
+    Args:
+        programs: the compiled model.
+        config: its config.
+        spec: dtypes and page size of the state; sizes follow the sequence.
+        chunk: prefill tokens a step.
+    """
+
+    def __init__(
+        self, programs: Programs, config: ModelConfig, spec: StateSpec, chunk: int
+    ) -> None:
+        self._programs = programs
+        self._config = config
+        self._spec = spec
+        self._chunk = chunk
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """float32 [T, vocab].
+
+        Raises:
+            UserError: the result would exceed 4 GiB.
+        """
+        out = _result((len(token_ids), self._config.vocab_size), "logits")
+        state, steps = self._steps(token_ids)
+        for rows, layout in steps:
+            part, state = self._programs.all_logits(state, layout)
+            out[rows] = part[: rows.stop - rows.start]
+        return out
+
+    def hidden_states(self, token_ids: Sequence[int]) -> np.ndarray:
+        """float32 [layers + 1, T, d]: the embedding, then the stream after each layer.
+
+        Raises:
+            UserError: the result would exceed 4 GiB.
+        """
+        config = self._config
+        shape = (config.num_layers + 1, len(token_ids), config.hidden_size)
+        out = _result(shape, "hidden states")
+        state, steps = self._steps(token_ids)
+        for rows, layout in steps:
+            part, state = self._programs.hidden_states(state, layout)
+            out[:, rows] = part[:, : rows.stop - rows.start]
+        return out
+
+    def token_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
+        """float32 [T - 1]: the log probability of every token but the first."""
+        out = np.zeros(len(token_ids) - 1, np.float32)
+        state, steps = self._steps(token_ids[:-1])
+        for rows, layout in steps:
+            targets = np.zeros(layout.num_prefill, np.int32)
+            targets[: rows.stop - rows.start] = token_ids[rows.start + 1 : rows.stop + 1]
+            part, state = self._programs.token_logprobs(state, layout, targets)
+            out[rows] = part[: rows.stop - rows.start]
+        return out
+
+    def final_state(self, token_ids: Sequence[int]) -> DecodeState:
+        """The state after all tokens: slot 1, and pages 1, 2, ... in order."""
+        state, steps = self._steps(token_ids)
+        for _, layout in steps:
+            _, state = self._programs.step(state, layout)
+        return state
+
+    def _steps(
+        self, token_ids: Sequence[int]
+    ) -> tuple[DecodeState, Iterator[tuple[slice, BatchLayout]]]:
+        """A fresh state, and the rows and layout of each chunk."""
+        page_size = self._spec.page_size
+        # Powers of two, so that texts of many lengths share a few programs.
+        num_pages = 1 << (-(-max(len(token_ids), 1) // page_size) - 1).bit_length()
+        spec = StateSpec(
+            num_slots=2,
+            num_pages=num_pages + 1,
+            page_dtype=self._spec.page_dtype,
+            state_dtype=self._spec.state_dtype,
+            page_size=page_size,
+        )
+
+        def layouts() -> Iterator[tuple[slice, BatchLayout]]:
+            for start in range(0, len(token_ids), self._chunk):
+                rows = slice(start, min(start + self._chunk, len(token_ids)))
+                row = Row(list(token_ids[rows]), 1, range(1, num_pages + 1), start)
+                count = rows.stop - rows.start
+                yield (
+                    rows,
+                    pack(
+                        [],
+                        [row],
+                        num_decode=0,
+                        num_prefill=min(1 << (count - 1).bit_length(), self._chunk),
+                        num_segments=1,
+                        page_size=page_size,
+                        pages_a_sequence=num_pages,
+                    ),
+                )
+
+        return allocate(self._config, spec), layouts()
+
+
+def _result(shape: tuple[int, ...], what: str) -> np.ndarray:
+    size = 4 * int(np.prod(shape, dtype=np.int64))
+    if size > MAX_RESULT_BYTES:
+        raise UserError(
+            f"{what} {list(shape)} in float32 are {size / 2**30:.1f} GiB; the limit is 4 GiB",
+            "Score fewer tokens at a time, or use token_logprobs.",
+            EXIT_DOES_NOT_FIT,
+        )
+    return np.zeros(shape, np.float32)

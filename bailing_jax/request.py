@@ -1,0 +1,94 @@
+"""One answer in the making: its tokens, its text and when it ends. No jax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bailing_jax.engine.stop import StopMatcher
+from bailing_jax.text.tokenizer import TextStream
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class StreamPiece:
+    """What one token adds to an answer.
+
+    Attributes:
+        text: new text that can't be taken back ("" while a stop string may be beginning);
+            None without a tokenizer.
+        token_id: the token.
+        finish_reason: why the answer ends here, else None.
+    """
+
+    text: str | None
+    token_id: int
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer.
+
+    Attributes:
+        index: which of the n answers.
+        text: None without a tokenizer.
+        token_ids: the generated tokens, the one that ended the answer included.
+        logprobs: a list of {token id: log probability}, or None when not asked for.
+        finish_reason: "stop", "length", "abort" or "error".
+    """
+
+    index: int
+    text: str | None
+    token_ids: list[int]
+    logprobs: list[dict[int, float]] | None
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its answers."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+
+
+class Answer:
+    """Collects tokens until a stop rule ends it."""
+
+    def __init__(self, index: int, stop: StopMatcher, stream: TextStream | None) -> None:
+        self._index = index
+        self._stop = stop
+        self._stream = stream
+        self._pieces: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[dict[int, float]] = []
+        self._finish_reason: FinishReason | None = None
+
+    def push(self, token_id: int, logprobs: dict[int, float] | None) -> StreamPiece:
+        """Take one token; the piece says whether the answer is done."""
+        self._token_ids.append(token_id)
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
+        increment = None if self._stream is None else self._stream.push(token_id)
+        result = self._stop.push(token_id, increment)
+        self._finish_reason = result.finish_reason
+        text = result.text
+        if self._stream is not None and result.finish_reason == "length":
+            text += self._stop.finish(self._stream.flush())
+        self._pieces.append(text)
+        return StreamPiece(
+            None if self._stream is None else text, token_id, result.finish_reason
+        )
+
+    def output(self) -> CompletionOutput:
+        """The answer so far."""
+        return CompletionOutput(
+            index=self._index,
+            text=None if self._stream is None else "".join(self._pieces),
+            token_ids=list(self._token_ids),
+            logprobs=self._logprobs or None,
+            finish_reason=self._finish_reason,
+        )

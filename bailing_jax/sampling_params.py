@@ -1,0 +1,150 @@
+"""SamplingParams: how one request picks its tokens and when it stops. No jax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+from bailing_jax.errors import EXIT_USAGE, UserError
+
+MAX_LOGPROBS = 20
+MAX_COMPLETIONS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Sampling of one request. None means the model's generation_config, else greedy.
+
+    Attributes:
+        max_tokens: the most tokens to generate.
+        temperature: 0 is greedy.
+        top_k: keep the k best tokens; 0 keeps all.
+        top_p: keep the smallest set of best tokens with this probability.
+        min_p: keep tokens at least this fraction as probable as the best.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that have
+            occurred in prompt or answer.
+        logit_bias: added to the logits of these token ids.
+        seed: of this request's random numbers, which depend on seed and position only; None
+            draws one.
+        stop: strings that end the answer and are not part of it.
+        stop_token_ids: ids that end the answer.
+        ignore_eos: do not end at the model's own end ids.
+        logprobs: also give the log probabilities of that many best tokens at each position
+            (and of the chosen one); at most 20.
+        n: answers to one prompt; the i-th uses seed + i.
+    """
+
+    max_tokens: int = 256
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        for name, high in (("max_tokens", 2**31 - 1), ("n", MAX_COMPLETIONS)):
+            if getattr(self, name) is None:
+                raise _bad(name, None, f"an integer from 1 to {high}")
+            _integer(name, getattr(self, name), 1, high)
+        _integer("top_k", self.top_k, 0)
+        _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _integer("seed", self.seed, 0, 2**64 - 1)
+        _number("temperature", self.temperature, 0, math.inf)
+        _number("top_p", self.top_p, 0, 1, open_low=True)
+        _number("min_p", self.min_p, 0, 1)
+        _number("repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True)
+        if not isinstance(self.ignore_eos, bool):
+            raise _bad("ignore_eos", self.ignore_eos, "true, false")
+        for key, value in (self.logit_bias or {}).items():
+            _integer("logit_bias", key, 0)
+            _number("logit_bias", value, -math.inf, math.inf)
+        for token in self.stop_token_ids or ():
+            _integer("stop_token_ids", token, 0)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+_FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_NEUTRAL = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+def resolve(
+    params: SamplingParams, generation_config: Mapping[str, object], where: str
+) -> SamplingParams:
+    """Fill every None from the model's generation_config, else with the neutral value.
+
+    `do_sample: false` in the file means greedy, whatever temperature stands beside it.
+
+    Raises:
+        UserError: a value of the file is out of range; names `where`.
+    """
+    defaults = dict(_NEUTRAL)
+    for name in _FROM_MODEL:
+        value = generation_config.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            defaults[name] = value
+    # A file that samples without naming a temperature means 1.
+    if generation_config.get("do_sample") and generation_config.get("temperature") is None:
+        defaults["temperature"] = 1.0
+    if generation_config.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    missing = {name: defaults[name] for name in _FROM_MODEL if getattr(params, name) is None}
+    try:
+        return replace(params, **missing)
+    except UserError as error:
+        raise UserError(f"{where}: {error.message}", error.hint, EXIT_USAGE) from error
+
+
+def from_mapping(values: Mapping[str, object], where: str) -> SamplingParams:
+    """SamplingParams from JSON names.
+
+    Raises:
+        UserError: an unknown name or a bad value.
+    """
+    known = {field.name for field in fields(SamplingParams)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(
+            f"{where}: unknown sampling field {', '.join(unknown)}",
+            f"Known: {', '.join(sorted(known))}",
+            EXIT_USAGE,
+        )
+    bias = values.get("logit_bias")
+    if isinstance(bias, Mapping):
+        # JSON has string keys only.
+        if not all(str(key).isdigit() for key in bias):
+            raise _bad("logit_bias", bias, "token ids as keys")
+        values = {**values, "logit_bias": {int(str(k)): v for k, v in bias.items()}}
+    return SamplingParams(**values)  # pyright: ignore[reportArgumentType]
+
+
+def _bad(name: str, value: object, allowed: str) -> UserError:
+    return UserError(f"{name} = {value!r}; allowed: {allowed}", exit_code=EXIT_USAGE)
+
+
+def _integer(name: str, value: object, low: int, high: int = 2**31 - 1) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise _bad(name, value, f"an integer from {low} to {high}")
+
+
+def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    if value is None:
+        return
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not low <= value <= high or (open_low and value == low):
+        raise _bad(name, value, f"a number {'>' if open_low else '>='} {low} and <= {high}")

@@ -1,0 +1,415 @@
+"""The chat template a checkpoint ships: messages in, prompt text or token ids out.
+
+`load_chat_template(folder)` -> `ChatTemplate`: `render` gives the text, `encode` the ids in which
+only the template, never a message, can write control tokens. Messages go to the template as
+given; no template is written here. A template is a program from a download: it runs in Jinja's
+immutable sandbox, inside a child process with a memory limit and a kernel timer. A sandbox alone
+does not bound work (nested loops, doubled strings, huge powers run in C, where no check in this
+process would see them). The child starts at the first render (about 0.1 s) and serves the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+from bailing_jax.errors import EXIT_USAGE, UserError
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from bailing_jax.text.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+MAX_TEMPLATE_BYTES = 1_000_000
+MAX_CONFIG_BYTES = 16_000_000
+MAX_OUTPUT_CHARACTERS = 4_000_000
+MAX_MEMORY_BYTES = 512 << 20
+TIME_LIMIT_S = 1.5
+
+_TEMPLATE_FILE = "chat_template.jinja"
+_CONFIG_FILE = "tokenizer_config.json"
+# What a template may be given beside scalars: lists of JSON objects.
+_LIST_ARGUMENTS = ("tools", "documents")
+_RESERVED = ("messages", "add_generation_prompt", "raise_exception", "strftime_now")
+_PRIVATE_USE = range(0xE000, 0xF900)
+MAX_ERROR_CHARACTERS = 500
+
+
+def load_chat_template(folder: Path) -> ChatTemplate | None:
+    """The chat template in `folder`, or None when it has none.
+
+    `chat_template.jinja` comes before `chat_template` in `tokenizer_config.json`.
+
+    Raises:
+        UserError: a file that is too large, not UTF-8, not JSON, or no valid template.
+    """
+    config_path, path = folder / _CONFIG_FILE, folder / _TEMPLATE_FILE
+    config: Mapping[str, Any] = {}
+    if config_path.is_file():
+        try:
+            config = json.loads(_read(config_path, MAX_CONFIG_BYTES))
+        except (ValueError, RecursionError) as error:
+            raise _broken(config_path, f"not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise _broken(config_path, "not a JSON object")
+    if path.is_file():
+        source = _read(path, MAX_TEMPLATE_BYTES)
+    else:
+        path, source = config_path, _template_in(config, config_path)
+    return ChatTemplate(source, str(path), _special_tokens(config)) if source else None
+
+
+class ChatTemplate:
+    """One compiled template; `where` names its file in messages. Safe to share between threads."""
+
+    def __init__(
+        self,
+        source: str,
+        where: str,
+        special_tokens: Mapping[str, str] | None = None,
+        time_limit_s: float = TIME_LIMIT_S,
+    ) -> None:
+        """Check the syntax of `source`; `special_tokens` are variables such as `bos_token`."""
+        self.source = source
+        self.where = where
+        self._special_tokens = dict(special_tokens or {})
+        self._time_limit_s = time_limit_s
+        self._child: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        _check_syntax(source, where)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_args: Mapping[str, object] | None = None,
+    ) -> str:
+        """The prompt text of a conversation.
+
+        Raises:
+            UserError: a message or argument that is not allowed, a template that fails or
+                refuses the conversation, or one that exceeds its time, memory or output.
+        """
+        return self._render(self._variables(messages, add_generation_prompt, template_args))
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_args: Mapping[str, object] | None = None,
+    ) -> list[int]:
+        """The prompt's token ids; names of control tokens inside messages are plain text.
+
+        Each such name is broken by a character found nowhere else before the template sees it,
+        so that the names still whole in the rendered text are the template's own. Conversations
+        without such names, that is nearly all, reach the template unchanged. A template that
+        joins two pieces of a message could still build a name; we trust it not to.
+        """
+        variables = self._variables(messages, add_generation_prompt, template_args)
+        used = {*self.source, *json.dumps(variables, ensure_ascii=False)}
+        mark = next((chr(code) for code in _PRIVATE_USE if chr(code) not in used), None)
+        if mark is None:
+            raise _refused(
+                "the messages use every private-use character from U+E000 to U+F8FF",
+                "Remove some: one is needed to tell messages from the template.",
+            )
+        guarded = _map_strings(variables, lambda text: tokenizer.guard(text, mark))
+        return tokenizer.encode_guarded(self._render(guarded), mark)
+
+    def _variables(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        template_args: Mapping[str, object] | None,
+    ) -> dict[str, Any]:
+        """All a template sees of a request, as JSON would carry it."""
+        args = dict(template_args or {})
+        _check_args(args, (*_RESERVED, *self._special_tokens))
+        variables = {
+            # Templates test these for None, so they are defined even when not given.
+            **dict.fromkeys(_LIST_ARGUMENTS),
+            **args,
+            "messages": _check_messages(messages),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return _map_strings(json.loads(json.dumps(variables)), str)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _refused(f"messages or template arguments are not JSON: {error}") from error
+
+    def _render(self, variables: Mapping[str, Any]) -> str:
+        request, answer, status = json.dumps(variables).encode() + b"\n", b"", None
+        with self._lock:
+            if self._child is None or self._child.poll() is not None:
+                self._child = self._start()
+            try:
+                answer = _exchange(self._child, request)
+            finally:
+                # Also after Ctrl-C: the next caller must not read this answer.
+                if not answer:
+                    status = _stop(self._child)
+        if not answer:
+            raise self._died(status)
+        reply = json.loads(answer)
+        if "error" in reply:
+            raise _refused(f"{self.where}{reply['error']}")
+        return reply["text"]
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # `-P` keeps the working folder off the path: the child imports from where we do.
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-c", "from bailing_jax.text import chat; chat._serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for this process to handle
+        )
+        weakref.finalize(self, _stop, child)
+        setup = [self.source, self._special_tokens, self._time_limit_s]
+        _pipe(child.stdin).write(json.dumps(setup).encode() + b"\n")
+        return child
+
+    def _died(self, status: int | None) -> UserError:
+        what = f"stopped its renderer (exit status {status})"
+        if status == -signal.SIGALRM:
+            what = f"took longer than {self._time_limit_s} s to render"
+        return UserError(
+            f"{self.where}: the chat template {what}",
+            "The template is broken or hostile: use the one released with the checkpoint.",
+        )
+
+
+def _read(path: Path, limit: int) -> str:
+    size = path.stat().st_size
+    if size > limit:
+        raise _broken(path, f"{size} bytes; allowed: up to {limit}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _broken(path, f"not UTF-8: {error}") from error
+
+
+def _refused(what: str, hint: str = "") -> UserError:
+    return UserError(what, hint, EXIT_USAGE)
+
+
+def _broken(path: Path, what: str) -> UserError:
+    return _refused(f"{path}: {what}", "Copy the file again from the released checkpoint.")
+
+
+def _template_in(config: Mapping[str, Any], path: Path) -> str:
+    """The `chat_template` of tokenizer_config.json ("" when absent): a string or a named list."""
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
+        if "default" not in named:
+            raise _broken(path, f"chat_template names {sorted(map(str, named))}; needed: 'default'")
+        value = named["default"]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise _broken(path, "chat_template must be a string or a list of {name, template}")
+    if len(value.encode(errors="replace")) > MAX_TEMPLATE_BYTES:
+        raise _broken(path, f"chat_template is longer than {MAX_TEMPLATE_BYTES} bytes")
+    return value
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token`, `eos_token`, ...: strings, or objects with a `content`."""
+    tokens = {}
+    for name, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            tokens[name] = text
+    return tokens
+
+
+def _check_syntax(source: str, where: str) -> None:
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        _environment().parse(source)
+    except TemplateSyntaxError as error:
+        what = f"{where}, line {error.lineno} of the chat template: {error.message}"
+        raise _refused(what) from error
+    except RecursionError as error:
+        raise _refused(f"{where}: the chat template nests too deep") from error
+
+
+def _check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as plain dicts, if each has a known role and a text."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        raise _refused("messages must be a list of at least one {role, content} object")
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, Mapping):
+            raise _refused(f"{where} must be an object with role and content")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise _refused(f"{where}: role = {role!r}; allowed: {', '.join(ROLES)}")
+        only_calls = role == "assistant" and content is None and message.get("tool_calls")
+        if not isinstance(content, str) and not only_calls:
+            raise _refused(
+                f"{where}: content is {type(content).__name__}; it must be a string",
+                "This family reads text only: join content parts into one string.",
+            )
+    return [dict(message) for message in messages]
+
+
+def _check_args(args: Mapping[str, object], reserved: Sequence[str]) -> None:
+    for name, value in args.items():
+        if not isinstance(name, str) or not name.isidentifier() or name in reserved:
+            raise _refused(f"template argument {name!r} is not a name that can be set")
+        if name in _LIST_ARGUMENTS:
+            objects = isinstance(value, list) and all(isinstance(v, Mapping) for v in value)
+            good, allowed = value is None or objects, "a list of objects"
+        else:
+            good = value is None or isinstance(value, str | bool | int | float)
+            allowed = "a string, a number, true, false, null"
+        if not good:
+            raise _refused(f"template argument {name} = {value!r}; allowed: {allowed}")
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every string in it, keys included, changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_strings(item, change) for item in value]
+    return value
+
+
+# The parent's side of the child process.
+
+
+def _exchange(child: subprocess.Popen[bytes], request: bytes) -> bytes:
+    """The child's answer, b"" when it died; its own timer bounds the wait."""
+    try:
+        _pipe(child.stdin).write(request)
+        _pipe(child.stdin).flush()
+    except BrokenPipeError:
+        return b""
+    answer = _pipe(child.stdout).readline()
+    return answer if answer.endswith(b"\n") else b""
+
+
+def _stop(child: subprocess.Popen[bytes]) -> int:
+    """End the child (it leaves when its input closes) and return its exit status."""
+    with contextlib.suppress(BrokenPipeError):
+        _pipe(child.stdin).close()
+    try:
+        return child.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
+    finally:
+        _pipe(child.stdout).close()
+
+
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    assert stream is not None, "the child was started with pipes"
+    return stream
+
+
+# The child's side: everything Jinja does with a template, but for the first look at its syntax.
+
+
+def _serve() -> None:
+    """Serve renders, one JSON line each, until the input closes or the kernel ends this process."""
+    import resource
+
+    source, special_tokens, time_limit_s = json.loads(sys.stdin.buffer.readline())
+    # A parent that ignores or blocks the signal would have passed that on.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    with contextlib.suppress(ValueError, OSError):  # macOS has this limit, but may not set it
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    compiled = functools.cache(_environment().from_string)
+    for line in sys.stdin.buffer:
+        # No Python handler: the default action ends the process, even inside a C call.
+        signal.setitimer(signal.ITIMER_REAL, time_limit_s)
+        answer = _answer(lambda: compiled(source), {**special_tokens, **json.loads(line)})
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.flush()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _answer(template: Callable[[], Template], variables: dict[str, Any]) -> dict[str, str]:
+    parts: list[str] = []
+    room = MAX_OUTPUT_CHARACTERS
+    try:
+        for part in template().generate(variables):
+            parts.append(part)
+            room -= len(part)
+            if room < 0:
+                return {"error": f": the prompt is longer than {MAX_OUTPUT_CHARACTERS} characters"}
+    except MemoryError:
+        return {"error": ": the chat template needs too much memory"}
+    except Exception as error:
+        # Whatever a template raises is its own fault; Jinja gives its frames template lines.
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        where = f", line {line} of the chat template" if line else ": the chat template"
+        return {"error": f"{where}: {str(error)[:MAX_ERROR_CHARACTERS] or type(error).__name__}"}
+    return {"text": "".join(parts)}
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The only place that makes a Jinja environment; options and names are those of HF."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML, which no model was trained on.
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
