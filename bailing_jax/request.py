@@ -72,12 +72,14 @@ class Answer:
         self._token_ids.append(token_id)
         if logprobs is not None:
             self._logprobs.append(logprobs)
-        increment = None if self._stream is None else self._stream.push(token_id)
+        increment = None
+        if self._stream is not None and not self._stop.ends_with(token_id):
+            increment = self._stream.push(token_id)
         result = self._stop.push(token_id, increment)
         self._finish_reason = result.finish_reason
         text = result.text
-        if self._stream is not None and result.finish_reason == "length":
-            text += self._stop.finish(self._stream.flush())
+        if self._stream is not None and result.finish_reason is not None:
+            text += self._stop.flush(self._stream.flush())
         self._pieces.append(text)
         return StreamPiece(
             None if self._stream is None else text, token_id, result.finish_reason

@@ -162,6 +162,8 @@ def yarn_mscale(factor: float, weight: float) -> float:
 
 def rope_frequencies(config: Config, dims: int) -> tuple[Array, float]:
     """Angular frequencies [dims/2] and the factor on cos and sin, for a rope of `dims` channels."""
+    if dims % 2:
+        raise ValueError(f"channels turn in pairs, so {dims} cannot all be rotated")
     theta, yarn = rope_theta(config), yarn_settings(config)
     plain = theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
     if yarn is None:

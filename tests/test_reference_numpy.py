@@ -75,7 +75,7 @@ def _load(folder: Path) -> Checkpoint:
 
 
 def test_group_rms_norm_counts_groups() -> None:
-    got = group_rms_norm(_wave((1, 8), 1.1), 1 + 0.1 * np.arange(8), 2, 1e-6)
+    got = group_rms_norm(_wave((1, 8), 1.1), np.linspace(1.0, 1.7, 8), 2, 1e-6)
     want = [1.22875189, 1.47696135, 0.99017195, -0.10462833]
     want += [-1.28923039, -1.99574162, -1.78297226, -0.63600585]
     np.testing.assert_allclose(got[0], want, atol=1e-8)
@@ -143,7 +143,7 @@ def test_slopes_of_other_head_counts_borrow_from_the_next_power_of_two() -> None
 
 def test_router() -> None:
     config = {"num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
-    bias = 0.05 * (7 * np.arange(16) % 5) - 0.1
+    bias = np.array([0.05 * (7 * i % 5) - 0.1 for i in range(16)])
     got = route(2 * _wave((1, 16), 0.9), bias, config)
     assert got.ids.tolist() == [[1, 2, 9, 11]]
     want = [0.65919003, 0.61097486, 0.62141692, 0.60841819]
@@ -274,7 +274,7 @@ def test_golden_greedy(name: str) -> None:
 
 
 _RANDOM = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 
 

@@ -14,10 +14,13 @@ from bailing_jax.batch import BatchLayout, pack
 from bailing_jax.config import ModelConfig
 from bailing_jax.engine.programs import Programs
 from bailing_jax.errors import EXIT_DOES_NOT_FIT, UserError
+from bailing_jax.layer_plan import layer_plan
 from bailing_jax.row import Row
 from bailing_jax.state import DecodeState, StateSpec, allocate
 
 MAX_RESULT_BYTES = 4 * 2**30
+# The only sequence of a scorer's state.
+_SLOT = 1
 
 
 class Scorer:
@@ -77,12 +80,18 @@ class Scorer:
             out[rows] = part[: rows.stop - rows.start]
         return out
 
-    def final_state(self, token_ids: Sequence[int]) -> DecodeState:
-        """The state after all tokens: slot 1, and pages 1, 2, ... in order."""
+    def recurrent_states(self, token_ids: Sequence[int]) -> dict[int, np.ndarray]:
+        """The recurrent state float32 [N, K, V] of every lightning layer after all tokens."""
         state, steps = self._steps(token_ids)
         for _, layout in steps:
             _, state = self._programs.step(state, layout)
-        return state
+        return {
+            layer: np.asarray(leaf[_SLOT].astype(np.float32))
+            for layer, (spec, leaf) in enumerate(
+                zip(layer_plan(self._config), state.layers, strict=True)
+            )
+            if spec.attention == "lightning"
+        }
 
     def _steps(
         self, token_ids: Sequence[int]
@@ -102,7 +111,7 @@ class Scorer:
         def layouts() -> Iterator[tuple[slice, BatchLayout]]:
             for start in range(0, len(token_ids), self._chunk):
                 rows = slice(start, min(start + self._chunk, len(token_ids)))
-                row = Row(list(token_ids[rows]), 1, range(1, num_pages + 1), start)
+                row = Row(list(token_ids[rows]), _SLOT, range(1, num_pages + 1), start)
                 count = rows.stop - rows.start
                 yield (
                     rows,

@@ -1,0 +1,114 @@
+"""The choices an engine is started with, checked once; what can't be done is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bailing_jax.config import ModelConfig
+from bailing_jax.engine.engine import EngineLimits
+from bailing_jax.errors import EXIT_USAGE, UserError
+from bailing_jax.layers.options import RuntimeOptions
+from bailing_jax.state import PAGE_SIZE
+from pallas_kernels import dispatch
+
+DTYPES = ("float32", "bfloat16")
+DEFAULT_NUM_SEQS = 8
+DEFAULT_MODEL_LEN = 4096
+DEFAULT_PREFILL_CHUNK = 512
+_OPERATORS = (
+    "lightning_prefill",
+    "lightning_decode",
+    "paged_attention",
+    "latent_attention",
+    "expert_mlp",
+)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Everything but the model itself. None takes the default.
+
+    Attributes:
+        dtype: of weights and activations; None: float32 on a CPU, else the checkpoint's.
+        state_dtype: of the recurrent state.
+        rope_dtype: of q and k after RoPE; None: as `dtype`.
+        max_num_seqs: sequences that run at once.
+        max_model_len: tokens of one sequence; None: the model's own limit, at most 4096.
+        prefill_chunk: prefill tokens a step.
+        memory_fraction: the share of memory that may be used.
+        mesh: only one device for now.
+        kernels: "auto" or the name of one implementation of all operators.
+        batch_invariant: exact mode; not yet.
+    """
+
+    dtype: str | None = None
+    state_dtype: str = "float32"
+    rope_dtype: str | None = None
+    max_num_seqs: int = DEFAULT_NUM_SEQS
+    max_model_len: int | None = None
+    prefill_chunk: int = DEFAULT_PREFILL_CHUNK
+    memory_fraction: float = 0.9
+    mesh: Mapping[str, int] | str | None = None
+    kernels: str = "auto"
+    batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "rope_dtype"):
+            value = getattr(self, name)
+            if value is not None and value not in DTYPES:
+                raise _bad(name, value, ", ".join(DTYPES))
+        if self.state_dtype not in DTYPES:
+            raise _bad("state_dtype", self.state_dtype, ", ".join(DTYPES))
+        for name in ("max_num_seqs", "max_model_len", "prefill_chunk"):
+            value = getattr(self, name)
+            if name == "max_model_len" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise _bad(name, value, "an integer >= 1")
+        if not 0 < self.memory_fraction <= 1:
+            raise _bad("memory_fraction", self.memory_fraction, "a number > 0 and <= 1")
+        if not _is_single(self.mesh):
+            raise _bad("mesh", self.mesh, "one device (sharding is not supported yet)")
+        if self.batch_invariant:
+            raise _bad("batch_invariant", True, "false (exact mode is not supported yet)")
+        for operator in _OPERATORS:
+            names = ("auto", *dispatch.implementations(operator))
+            if self.kernels not in names:
+                raise _bad("kernels", self.kernels, ", ".join(names))
+
+    def runtime(self, config: ModelConfig, platform: str) -> RuntimeOptions:
+        """What the layers need to know."""
+        dtype = self.dtype
+        if dtype is None:
+            # A CPU computes float32 as fast and shows differences of the model, not of rounding.
+            wide = platform == "cpu" or config.checkpoint_dtype == "float32"
+            dtype = "float32" if wide else "bfloat16"
+        return RuntimeOptions(dtype=dtype, rope_dtype=self.rope_dtype, kernels=self.kernels)
+
+    def limits(self, config: ModelConfig) -> EngineLimits:
+        """The engine's static sizes.
+
+        Raises:
+            UserError: max_model_len exceeds what the model was made for.
+        """
+        length = self.max_model_len or min(config.max_positions, DEFAULT_MODEL_LEN)
+        if length > config.max_positions:
+            raise _bad(
+                "max_model_len",
+                length,
+                f"up to {config.max_positions} (max_position_embeddings; hf_overrides changes it)",
+            )
+        return EngineLimits(self.max_num_seqs, length, self.prefill_chunk, PAGE_SIZE)
+
+
+def _is_single(mesh: Mapping[str, int] | str | None) -> bool:
+    if mesh is None or mesh == "auto":
+        return True
+    if isinstance(mesh, str):
+        return all(part.split("=")[-1].strip() == "1" for part in mesh.split(","))
+    return all(size == 1 for size in mesh.values())
+
+
+def _bad(name: str, value: object, allowed: str) -> UserError:
+    return UserError(f"{name} = {value!r}; allowed: {allowed}", exit_code=EXIT_USAGE)

@@ -1,0 +1,346 @@
+"""LLM: the offline API. Prompts in, answers out, in order.
+
+Names follow vLLM's offline API where it has them. Token ids work without a tokenizer; text needs
+the checkpoint's tokenizer.json. One LLM runs one request queue and is not safe to share between
+threads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from bailing_jax.engine.engine import Engine, fresh_seed
+from bailing_jax.engine.programs import Programs
+from bailing_jax.engine.scoring import Scorer
+from bailing_jax.engine.stop import StopMatcher
+from bailing_jax.engine_options import (
+    DEFAULT_NUM_SEQS,
+    DEFAULT_PREFILL_CHUNK,
+    EngineOptions,
+)
+from bailing_jax.errors import EXIT_USAGE, UserError
+from bailing_jax.loading import Report, load
+from bailing_jax.request import Answer, RequestOutput, StreamPiece
+from bailing_jax.sampling_params import SamplingParams, resolve
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        model: a checkpoint folder, or a preset's name (random weights from `seed`).
+        dtype: of weights and activations, "float32" or "bfloat16"; None: float32 on a CPU, the
+            checkpoint's elsewhere.
+        state_dtype: of the recurrent state, "float32" or "bfloat16".
+        rope_dtype: what RoPE hands q and k on in; None: as dtype.
+        max_num_seqs: sequences that run at once.
+        max_model_len: tokens of one sequence, prompt and answer; None: the model's limit, at
+            most 4096.
+        prefill_chunk: prompt tokens a step.
+        memory_fraction: the share of the device's memory that may be used.
+        mesh: None; sharding is not supported yet.
+        kernels: "auto", or the name of one implementation for all operators.
+        batch_invariant: False; exact mode is not supported yet.
+        hf_overrides: config.json keys (and decay_layer_offset) that replace the file's.
+        seed: of a preset's random weights.
+        report: called with each line about what was loaded; default: the log.
+
+    Raises:
+        UserError: what is wrong with model or options, and what to do.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str | None = None,
+        state_dtype: str = "float32",
+        rope_dtype: str | None = None,
+        max_num_seqs: int = DEFAULT_NUM_SEQS,
+        max_model_len: int | None = None,
+        prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        memory_fraction: float = 0.9,
+        mesh: Mapping[str, int] | str | None = None,
+        kernels: str = "auto",
+        batch_invariant: bool = False,
+        hf_overrides: Mapping[str, object] | None = None,
+        seed: int = 0,
+        report: Report = logger.info,
+    ) -> None:
+        options = EngineOptions(
+            dtype=dtype,
+            state_dtype=state_dtype,
+            rope_dtype=rope_dtype,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            prefill_chunk=prefill_chunk,
+            memory_fraction=memory_fraction,
+            mesh=mesh,
+            kernels=kernels,
+            batch_invariant=batch_invariant,
+        )
+        loaded = load(model, options, hf_overrides or {}, seed, report)
+        self.config = loaded.config
+        self.limits = loaded.limits
+        self.tokenizer = loaded.tokenizer
+        self.chat_template = loaded.chat_template
+        self.generation_config = loaded.generation_config
+        self._name = loaded.name
+        self._eos_ids = _eos_ids(loaded.config.eos_token_ids, loaded.generation_config)
+        programs = Programs(loaded.model)
+        self._engine = Engine(programs, loaded.config, loaded.limits, loaded.state_spec)
+        self._scorer = Scorer(
+            programs, loaded.config, loaded.state_spec, loaded.limits.prefill_chunk
+        )
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer every prompt, in order.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of either.
+            sampling_params: one for all, or one a prompt.
+
+        Raises:
+            UserError: a prompt that is empty, too long, holds unknown token ids, or is text
+                without a tokenizer. Nothing has run then.
+        """
+        single = isinstance(prompts, str) or _is_token_ids(prompts)
+        listed: list[Prompt] = [prompts] if single else list(prompts)  # pyright: ignore
+        if isinstance(sampling_params, SamplingParams) or sampling_params is None:
+            sampling_params = [sampling_params or SamplingParams()] * len(listed)
+        if len(sampling_params) != len(listed):
+            raise UserError(
+                f"{len(listed)} prompts and {len(sampling_params)} sampling_params",
+                "Give one SamplingParams, or one for each prompt.",
+                EXIT_USAGE,
+            )
+        checked = [
+            (self._token_ids(prompt, f"prompt {i}"), self._resolved(params))
+            for i, (prompt, params) in enumerate(zip(listed, sampling_params, strict=True))
+        ]
+        # All answers are made before any is submitted: a bad stop string stops everything.
+        answers = [self._answers(len(ids), params) for ids, params in checked]
+        for (ids, params), group in zip(checked, answers, strict=True):
+            for i, answer in enumerate(group):
+                self._submit(ids, params, i, answer, lambda _piece: None)
+        while self._engine.has_work:
+            self._engine.step()
+        return [
+            RequestOutput(
+                prompt=prompt if isinstance(prompt, str) else None,
+                prompt_token_ids=ids,
+                outputs=[answer.output() for answer in group],
+            )
+            for prompt, (ids, _), group in zip(listed, checked, answers, strict=True)
+        ]
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[StreamPiece]:
+        """Answer one prompt piece by piece, one piece a token; closing it cancels the request.
+
+        Raises:
+            UserError: as `generate`; also when n is not 1.
+        """
+        params = self._resolved(sampling_params or SamplingParams())
+        if params.n != 1:
+            raise UserError(f"n = {params.n}; a stream gives one answer", exit_code=EXIT_USAGE)
+        ids = self._token_ids(prompt, "prompt")
+        (answer,) = self._answers(len(ids), params)
+        return self._stream(ids, params, answer)
+
+    def _stream(
+        self, ids: list[int], params: SamplingParams, answer: Answer
+    ) -> Iterator[StreamPiece]:
+        pieces: list[StreamPiece] = []
+        number = self._submit(ids, params, 0, answer, pieces.append)
+        try:
+            while self._engine.has_work:
+                self._engine.step()
+                yield from pieces
+                pieces.clear()
+        finally:
+            self._engine.cancel(number)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template_args: Mapping[str, object] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of {"role", "content"}) or several.
+
+        Raises:
+            UserError: as `generate`; also without tokenizer or chat template.
+        """
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = messages if several else [messages]
+        prompts = [self.chat_prompt(c, chat_template_args) for c in conversations]
+        return self.generate(prompts, sampling_params)
+
+    def chat_prompt(
+        self, messages: Sequence[Message], template_args: Mapping[str, object] | None = None
+    ) -> list[int]:
+        """The token ids of one conversation, ready for the next answer.
+
+        Raises:
+            UserError: no tokenizer, no chat template, or messages the template refuses.
+        """
+        if self.tokenizer is None or self.chat_template is None:
+            missing = "tokenizer.json" if self.tokenizer is None else "chat template"
+            raise UserError(
+                f"{self._name}: has no {missing}, which chat needs",
+                "Use a complete release folder, or generate with a plain prompt.",
+                EXIT_USAGE,
+            )
+        return self.chat_template.encode(
+            self.tokenizer, messages, template_args=template_args
+        )
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """float32 [T, vocab]: the logits after every token.
+
+        Raises:
+            UserError: the result would exceed 4 GiB, or the token ids are not the model's.
+        """
+        return self._scorer.logits(self._checked_ids(token_ids, "token_ids"))
+
+    def hidden_states(self, token_ids: Sequence[int]) -> np.ndarray:
+        """float32 [layers + 1, T, d]: the embedding, then the stream after each layer.
+
+        The last row is before the final norm.
+
+        Raises:
+            UserError: the result would exceed 4 GiB, or the token ids are not the model's.
+        """
+        return self._scorer.hidden_states(self._checked_ids(token_ids, "token_ids"))
+
+    def token_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
+        """float32 [T - 1]: the log probability of every token but the first, at any length.
+
+        Raises:
+            UserError: the token ids are not the model's.
+        """
+        return self._scorer.token_logprobs(self._checked_ids(token_ids, "token_ids"))
+
+    def recurrent_states(self, token_ids: Sequence[int]) -> dict[int, np.ndarray]:
+        """float32 [heads, K, V] of every lightning layer after all tokens, by layer.
+
+        Raises:
+            UserError: the token ids are not the model's.
+        """
+        return self._scorer.recurrent_states(self._checked_ids(token_ids, "token_ids"))
+
+    def _resolved(self, params: SamplingParams) -> SamplingParams:
+        resolved = resolve(params, self.generation_config, f"{self._name}: generation_config.json")
+        tokens = [*(params.logit_bias or ()), *(params.stop_token_ids or ())]
+        self._checked_ids(tokens, "logit_bias and stop_token_ids", empty=True)
+        return resolved
+
+    def _answers(self, prompt_length: int, params: SamplingParams) -> list[Answer]:
+        if params.stop_strings and self.tokenizer is None:
+            raise UserError(
+                f"{self._name}: stop strings need tokenizer.json, which the folder lacks",
+                "Use stop_token_ids.",
+                EXIT_USAGE,
+            )
+        room = self.limits.max_model_len - prompt_length
+        return [
+            Answer(
+                i,
+                StopMatcher(
+                    params.stop_strings,
+                    params.stop_token_ids or (),
+                    params.ignore_eos,
+                    self._eos_ids,
+                    min(params.max_tokens, room),
+                ),
+                None if self.tokenizer is None else self.tokenizer.stream(),
+            )
+            for i in range(params.n)
+        ]
+
+    def _submit(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        index: int,
+        answer: Answer,
+        on_piece: Callable[[StreamPiece], None],
+    ) -> int:
+        def on_token(token: int, logprobs: dict[int, float] | None) -> bool:
+            piece = answer.push(token, logprobs)
+            on_piece(piece)
+            return piece.finish_reason is not None
+
+        seed = fresh_seed() if params.seed is None else (params.seed + index) % 2**64
+        return self._engine.submit(ids, replace(params, n=1), seed, on_token)
+
+    def _token_ids(self, prompt: Prompt, what: str) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UserError(
+                    f"{self._name}: has no tokenizer.json, so {what} can't be text",
+                    "Give token ids.",
+                    EXIT_USAGE,
+                )
+            prompt = self.tokenizer.encode(prompt)
+        ids = self._checked_ids(prompt, what)
+        if len(ids) >= self.limits.max_model_len:
+            raise UserError(
+                f"{what}: {len(ids)} tokens leave no room for an answer; "
+                f"max_model_len is {self.limits.max_model_len}",
+                "Shorten the prompt or raise max_model_len.",
+                EXIT_USAGE,
+            )
+        return ids
+
+    def _checked_ids(
+        self, token_ids: Sequence[int], what: str, *, empty: bool = False
+    ) -> list[int]:
+        ids = [int(i) for i in token_ids]
+        if not ids and not empty:
+            raise UserError(f"{what}: empty", "Give at least one token.", EXIT_USAGE)
+        wrong = [i for i in ids if not 0 <= i < self.config.vocab_size]
+        if wrong:
+            raise UserError(
+                f"{what}: token id {wrong[0]}; allowed: 0 to {self.config.vocab_size - 1}",
+                exit_code=EXIT_USAGE,
+            )
+        return ids
+
+
+def _is_token_ids(prompts: object) -> TypeGuard[Sequence[int]]:
+    """Whether this is one prompt of token ids rather than a list of prompts."""
+    if isinstance(prompts, np.ndarray):
+        return prompts.ndim == 1
+    return (
+        isinstance(prompts, Sequence)
+        and bool(prompts)
+        and all(isinstance(i, int | np.integer) for i in prompts)
+    )
+
+
+def _eos_ids(
+    config_ids: tuple[int, ...], generation_config: Mapping[str, object]
+) -> frozenset[int]:
+    """Both files' end ids: releases name one in config.json and more in the other."""
+    value = generation_config.get("eos_token_id")
+    extra = value if isinstance(value, list) else [] if value is None else [value]
+    return frozenset(config_ids) | {int(i) for i in extra}

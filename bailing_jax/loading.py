@@ -1,0 +1,149 @@
+"""From a name or a folder to a model in memory, everything checked on the way.
+
+Order matters: config, then names and shapes, then memory, then data. Whatever is wrong is said
+before the first long wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bailing_jax import runtime
+from bailing_jax.checkpoint.load import load_model, match_checkpoint
+from bailing_jax.checkpoint.random_weights import random_model
+from bailing_jax.config import ModelConfig
+from bailing_jax.engine.engine import EngineLimits
+from bailing_jax.engine_options import EngineOptions
+from bailing_jax.layers.options import RuntimeOptions
+from bailing_jax.model import BailingForCausalLM, param_dtype
+from bailing_jax.params import describe
+from bailing_jax.presets import find_preset, preset_names
+from bailing_jax.state import StateSpec, state_bytes
+from bailing_jax.text.chat import ChatTemplate, load_chat_template
+from bailing_jax.text.tokenizer import Tokenizer, load_tokenizer
+from bailing_jax.errors import EXIT_USAGE, UserError
+from convert.source import CheckpointSource, open_source, read_json
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and everything that came with it.
+
+    Attributes:
+        config: what it is.
+        runtime: dtypes and kernels in force.
+        limits: static sizes in force.
+        state_spec: the state those sizes need.
+        model: the parameters.
+        tokenizer: None when the checkpoint has none.
+        chat_template: None when the checkpoint has none.
+        generation_config: the checkpoint's sampling defaults.
+        name: where it came from.
+    """
+
+    config: ModelConfig
+    runtime: RuntimeOptions
+    limits: EngineLimits
+    state_spec: StateSpec
+    model: BailingForCausalLM
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+    generation_config: Mapping[str, object]
+    name: str
+
+
+def load(
+    model: str | Path,
+    options: EngineOptions,
+    hf_overrides: Mapping[str, object],
+    seed: int,
+    report: Report,
+) -> LoadedModel:
+    """Load a checkpoint folder, or make random weights for a preset name.
+
+    Raises:
+        UserError: anything wrong with name, folder, config, tensors, options or memory.
+    """
+    folder = Path(model)
+    preset = None if folder.exists() else find_preset(str(model))
+    if preset is not None:
+        config = ModelConfig.from_hf(preset.hf_config, hf_overrides)
+        assumed = sorted(set(preset.assumed) - set(hf_overrides))
+        if assumed:
+            report(f"{preset.name}: assumed, not published: {', '.join(assumed)}")
+        runtime_options, limits, spec = _checked(config, options, report)
+        report(f"{preset.name}: random weights from seed {seed}")
+        made = random_model(config, runtime_options, seed)
+        return LoadedModel(
+            config, runtime_options, limits, spec, made, None, None, {}, preset.name
+        )
+    if not folder.exists():
+        raise UserError(
+            f"{model}: no such folder, and no preset of that name",
+            f"Presets: {', '.join(preset_names())}",
+            EXIT_USAGE,
+        )
+    with open_source(folder) as source:
+        return _load_folder(source, options, hf_overrides, report)
+
+
+def _load_folder(
+    source: CheckpointSource,
+    options: EngineOptions,
+    hf_overrides: Mapping[str, object],
+    report: Report,
+) -> LoadedModel:
+    folder = source.folder
+    config = ModelConfig.from_hf(source.config, hf_overrides)
+    plan = match_checkpoint(config, source)
+    for group, names in plan.unused.items():
+        report(f"not used: {len(names)} tensors, {group}, e.g. {names[0]}")
+    tokenizer = load_tokenizer(folder, config.vocab_size)
+    chat_template = load_chat_template(folder)
+    generation = folder / "generation_config.json"
+    generation_config = read_json(generation, "generation_config") if generation.exists() else {}
+    runtime_options, limits, spec = _checked(config, options, report)
+    report(f"reading {plan.num_bytes / 1e9:.2f} GB from {folder}")
+    return LoadedModel(
+        config=config,
+        runtime=runtime_options,
+        limits=limits,
+        state_spec=spec,
+        model=load_model(config, runtime_options, source, plan, lambda _done, _total: None),
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        generation_config=generation_config,
+        name=str(folder),
+    )
+
+
+def _checked(
+    config: ModelConfig, options: EngineOptions, report: Report
+) -> tuple[RuntimeOptions, EngineLimits, StateSpec]:
+    """The choices in force, reported, after checking that they fit into memory."""
+    runtime_options = options.runtime(config, runtime.platform())
+    limits = options.limits(config)
+    spec = limits.state_spec(runtime_options.dtype, options.state_dtype)
+    weights = sum(
+        math.prod(p.shape) * np.dtype(param_dtype(p, runtime_options)).itemsize
+        for p in describe(config)
+    )
+    runtime.check_fits(
+        {"weights": weights, "state": state_bytes(config, spec)}, options.memory_fraction
+    )
+    decay = "" if config.lightning is None else f", decay layer offset {config.decay_layer_offset}"
+    report(
+        f"{config.architecture}: {sum(p.size for p in describe(config)) / 1e6:.1f} M parameters, "
+        f"{runtime_options.dtype}, state {options.state_dtype}, "
+        f"rope {runtime_options.rotated_dtype}{decay}, {limits.max_num_seqs} sequences of "
+        f"{limits.max_model_len} tokens, prefill chunk {limits.prefill_chunk}, "
+        f"kernels {options.kernels} on {runtime.platform()}"
+    )
+    return runtime_options, limits, spec

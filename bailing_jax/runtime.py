@@ -1,0 +1,51 @@
+"""What the machine offers: platform, memory and whether a model fits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import jax
+
+from bailing_jax.errors import EXIT_DOES_NOT_FIT, UserError
+
+GIB = 2**30
+
+
+def platform() -> str:
+    """"cpu", "gpu" or "tpu"."""
+    return jax.default_backend()
+
+
+def memory_bytes() -> int | None:
+    """Memory of one device (of the machine, on a CPU), or None when it can't be told."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    if platform() != "cpu":
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_fits(needs: Mapping[str, int], memory_fraction: float) -> None:
+    """Refuse what does not fit before anything is allocated.
+
+    Args:
+        needs: bytes by purpose.
+        memory_fraction: the share of the device's memory that may be used.
+
+    Raises:
+        UserError: with the table and the flags that help (exit code 3).
+    """
+    memory = memory_bytes()
+    total = sum(needs.values())
+    if memory is None or total <= memory * memory_fraction:
+        return
+    table = "\n".join(f"  {what:<10} {size / GIB:10.2f} GiB" for what, size in needs.items())
+    raise UserError(
+        f"the model does not fit: {total / GIB:.2f} GiB needed, "
+        f"{memory * memory_fraction / GIB:.2f} GiB allowed "
+        f"({memory_fraction:g} of {memory / GIB:.2f} GiB)\n{table}",
+        "Smaller: max_num_seqs, max_model_len, dtype bfloat16. Larger: memory_fraction.",
+        EXIT_DOES_NOT_FIT,
+    )
