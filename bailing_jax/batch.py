@@ -13,16 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bailing_jax.row import Row
-
-Array = jax.Array | np.ndarray
-
 
 class Region(NamedTuple):
     """Where the sequences of one region keep their state.
@@ -45,7 +42,7 @@ class Region(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BatchLayout:
-    """One step: decode rows first, then prefill rows.
+    """One step: decode rows first, then prefill rows. `pack` fills it with numpy arrays.
 
     Attributes:
         tokens: int32 [D + T].
@@ -61,17 +58,17 @@ class BatchLayout:
         logit_rows: int32 [D + P], the row of each sequence's last token.
     """
 
-    tokens: Array
-    positions: Array
-    decode_slots: Array
-    decode_pages: Array
-    decode_contexts: Array
-    segment_slots: Array
-    segment_pages: Array
-    segment_contexts: Array
-    cu_seqlens: Array
-    is_fresh: Array
-    logit_rows: Array
+    tokens: jax.Array
+    positions: jax.Array
+    decode_slots: jax.Array
+    decode_pages: jax.Array
+    decode_contexts: jax.Array
+    segment_slots: jax.Array
+    segment_pages: jax.Array
+    segment_contexts: jax.Array
+    cu_seqlens: jax.Array
+    is_fresh: jax.Array
+    logit_rows: jax.Array
 
     @property
     def num_decode(self) -> int:
@@ -153,19 +150,20 @@ def pack(
     )
     is_fresh = np.zeros(num_segments, bool)
     is_fresh[: len(segments)] = [row.context == 0 for row in segments]
-    return BatchLayout(
-        tokens=tokens,
-        positions=positions,
-        decode_slots=decode_slots,
-        decode_pages=decode_pages,
-        decode_contexts=decode_contexts,
-        segment_slots=segment_slots,
-        segment_pages=segment_pages,
-        segment_contexts=segment_contexts,
-        cu_seqlens=cu_seqlens,
-        is_fresh=is_fresh,
-        logit_rows=logit_rows,
-    )
+    arrays: dict[str, Any] = {
+        "tokens": tokens,
+        "positions": positions,
+        "decode_slots": decode_slots,
+        "decode_pages": decode_pages,
+        "decode_contexts": decode_contexts,
+        "segment_slots": segment_slots,
+        "segment_pages": segment_pages,
+        "segment_contexts": segment_contexts,
+        "cu_seqlens": cu_seqlens,
+        "is_fresh": is_fresh,
+        "logit_rows": logit_rows,
+    }
+    return BatchLayout(**arrays)
 
 
 def _places(rows: Sequence[Row], size: int, width: int) -> tuple[np.ndarray, ...]:

@@ -104,6 +104,24 @@ class LLM:
             programs, loaded.config, loaded.state_spec, loaded.limits.prefill_chunk
         )
 
+    def warm_up(self, prompt_tokens: int, sampling_params: SamplingParams | None = None) -> None:
+        """Compile ahead what one request with a prompt of this many tokens runs."""
+        self._engine.warm_up(prompt_tokens, self._resolved(sampling_params or SamplingParams()))
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a plain text; names of control tokens in it are plain text too.
+
+        Raises:
+            UserError: the checkpoint has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError(
+                f"{self._name}: has no tokenizer.json, so a prompt can't be text",
+                "Give token ids.",
+                EXIT_USAGE,
+            )
+        return self.tokenizer.encode(text)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -130,7 +148,7 @@ class LLM:
                 EXIT_USAGE,
             )
         checked = [
-            (self._token_ids(prompt, f"prompt {i}"), self._resolved(params))
+            (self.check_prompt(prompt, f"prompt {i}"), self._resolved(params))
             for i, (prompt, params) in enumerate(zip(listed, sampling_params, strict=True))
         ]
         # All answers are made before any is submitted: a bad stop string stops everything.
@@ -160,7 +178,7 @@ class LLM:
         params = self._resolved(sampling_params or SamplingParams())
         if params.n != 1:
             raise UserError(f"n = {params.n}; a stream gives one answer", exit_code=EXIT_USAGE)
-        ids = self._token_ids(prompt, "prompt")
+        ids = self.check_prompt(prompt, "prompt")
         (answer,) = self._answers(len(ids), params)
         return self._stream(ids, params, answer)
 
@@ -292,16 +310,13 @@ class LLM:
         seed = fresh_seed() if params.seed is None else (params.seed + index) % 2**64
         return self._engine.submit(ids, replace(params, n=1), seed, on_token)
 
-    def _token_ids(self, prompt: Prompt, what: str) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise UserError(
-                    f"{self._name}: has no tokenizer.json, so {what} can't be text",
-                    "Give token ids.",
-                    EXIT_USAGE,
-                )
-            prompt = self.tokenizer.encode(prompt)
-        ids = self._checked_ids(prompt, what)
+    def check_prompt(self, prompt: Prompt, what: str = "prompt") -> list[int]:
+        """The token ids of a prompt that can be answered.
+
+        Raises:
+            UserError: empty, too long, unknown token ids, or text without a tokenizer.
+        """
+        ids = self._checked_ids(self.encode(prompt) if isinstance(prompt, str) else prompt, what)
         if len(ids) >= self.limits.max_model_len:
             raise UserError(
                 f"{what}: {len(ids)} tokens leave no room for an answer; "
@@ -343,4 +358,10 @@ def _eos_ids(
     """Both files' end ids: releases name one in config.json and more in the other."""
     value = generation_config.get("eos_token_id")
     extra = value if isinstance(value, list) else [] if value is None else [value]
-    return frozenset(config_ids) | {int(i) for i in extra}
+    wrong = [i for i in extra if not isinstance(i, int) or isinstance(i, bool) or i < 0]
+    if wrong:
+        raise UserError(
+            f"generation_config.json: eos_token_id = {value!r}; allowed: token ids",
+            exit_code=EXIT_USAGE,
+        )
+    return frozenset([*config_ids, *extra])

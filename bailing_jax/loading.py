@@ -16,9 +16,10 @@ import numpy as np
 from bailing_jax import runtime
 from bailing_jax.checkpoint.load import load_model, match_checkpoint
 from bailing_jax.checkpoint.random_weights import random_model
-from bailing_jax.config import ModelConfig
+from bailing_jax.config import SUPPORTED, ModelConfig
 from bailing_jax.engine.engine import EngineLimits
 from bailing_jax.engine_options import EngineOptions
+from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.model import BailingForCausalLM, param_dtype
 from bailing_jax.params import describe
@@ -26,7 +27,6 @@ from bailing_jax.presets import find_preset, preset_names
 from bailing_jax.state import StateSpec, state_bytes
 from bailing_jax.text.chat import ChatTemplate, load_chat_template
 from bailing_jax.text.tokenizer import Tokenizer, load_tokenizer
-from bailing_jax.errors import EXIT_USAGE, UserError
 from convert.source import CheckpointSource, open_source, read_json
 
 Report = Callable[[str], None]
@@ -74,7 +74,7 @@ def load(
     folder = Path(model)
     preset = None if folder.exists() else find_preset(str(model))
     if preset is not None:
-        config = ModelConfig.from_hf(preset.hf_config, hf_overrides)
+        config = ModelConfig.from_hf(preset.hf_config, hf_overrides, where=preset.name)
         assumed = sorted(set(preset.assumed) - set(hf_overrides))
         if assumed:
             report(f"{preset.name}: assumed, not published: {', '.join(assumed)}")
@@ -87,11 +87,22 @@ def load(
     if not folder.exists():
         raise UserError(
             f"{model}: no such folder, and no preset of that name",
-            f"Presets: {', '.join(preset_names())}",
+            f"Presets: {_preset_list()}",
             EXIT_USAGE,
         )
     with open_source(folder) as source:
         return _load_folder(source, options, hf_overrides, report)
+
+
+def _preset_list() -> str:
+    """Every preset, those of architectures that can't run yet marked."""
+    names = []
+    for name in preset_names():
+        preset = find_preset(name)
+        architectures = preset.hf_config["architectures"] if preset else None
+        runs = isinstance(architectures, list) and architectures[0] in SUPPORTED
+        names.append(name if runs else f"{name} (not supported yet)")
+    return ", ".join(names)
 
 
 def _load_folder(
@@ -101,7 +112,9 @@ def _load_folder(
     report: Report,
 ) -> LoadedModel:
     folder = source.folder
-    config = ModelConfig.from_hf(source.config, hf_overrides)
+    config = ModelConfig.from_hf(
+        source.config, hf_overrides, where=str(folder / "config.json")
+    )
     plan = match_checkpoint(config, source)
     for group, names in plan.unused.items():
         report(f"not used: {len(names)} tensors, {group}, e.g. {names[0]}")

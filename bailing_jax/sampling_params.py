@@ -146,5 +146,5 @@ def _number(name: str, value: object, low: float, high: float, *, open_low: bool
     if value is None:
         return
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high or (open_low and value == low):
+    if not good or not low <= float(value) <= high or (open_low and value == low):
         raise _bad(name, value, f"a number {'>' if open_low else '>='} {low} and <= {high}")

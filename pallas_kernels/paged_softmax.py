@@ -126,7 +126,7 @@ def _attend_tiles(
     def step(number: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
         highest, total, o = carry
         ids = jax.lax.dynamic_slice_in_dim(page_table, number * pages_a_block, pages_a_block, 1)
-        tokens = pages[ids].reshape((q.shape[0], block) + pages.shape[2:])
+        tokens = pages[ids].reshape((q.shape[0], block, *pages.shape[2:]))
         position = number * block + jnp.arange(block)
         held = position < lengths[:, None]
         tokens = jnp.where(held.reshape(held.shape + (1,) * (tokens.ndim - 2)), tokens, 0)

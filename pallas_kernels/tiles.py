@@ -73,6 +73,6 @@ def put_rows(y: jax.Array, tiles: Tiles, num_rows: int) -> jax.Array:
     """The inverse of `take_rows`: [n, size, ...] to [T, ...]; rows in no segment are zero."""
     # Rows that do not exist go to one row past the end, which is cut off again.
     target = jnp.where(tiles.valid, tiles.rows, num_rows).reshape(-1)
-    flat = y.reshape((-1,) + y.shape[2:])
-    out = jnp.zeros((num_rows + 1,) + flat.shape[1:], y.dtype)
+    flat = y.reshape((-1, *y.shape[2:]))
+    out = jnp.zeros((num_rows + 1, *flat.shape[1:]), y.dtype)
     return out.at[target].set(flat, mode="promise_in_bounds")[:num_rows]

@@ -4,7 +4,7 @@
 through each engine in fresh processes (bench_cpu_worker.py), ours and the peer alternating, and
 writes `cpu_linear_v2.json`, `.md` and `.png` (bench_cpu_report.py). The record is also printed.
 
-The peer's Linux wheel brings the reference BLAS, one thread and no vector code. `--peer-blas LIB`
+The peer's Linux wheel brings the reference BLAS: one thread and no tuned kernels. `--peer-blas LIB`
 adds a second peer with LIB preloaded in its place (Debian: libopenblas0-pthread), so that the
 comparison also shows the peer at its best.
 """

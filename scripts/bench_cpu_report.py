@@ -178,7 +178,7 @@ def write_plot(record: Record, path: Path) -> None:
         axis.margins(x=0.15)
     ceiling = record["roofline"]["decode_ceiling_tokens_per_s"]
     axes[1].axvline(ceiling, color="#c0392b", ls="--", lw=1, label="memory ceiling")
-    axes[1].legend(loc="lower right", fontsize=8, frameon=False)
+    axes[1].legend(loc="lower right", fontsize=8, framealpha=1)
     axes[1].set_yticklabels([])
     host, shapes = record["host"], record["shapes"]
     figure.suptitle(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bailing_jax.batch import pack
+from bailing_jax.batch import BatchLayout, pack
 from bailing_jax.config import ModelConfig
 from bailing_jax.engine import sampler
 from bailing_jax.engine.pages import PageLedger
@@ -77,6 +77,7 @@ class Engine:
     ) -> None:
         self._programs = programs
         self._limits = limits
+        self._vocab_size = config.vocab_size
         self._state = allocate(config, spec)
         self._scheduler = Scheduler(
             slots=SlotLedger(limits.max_num_seqs),
@@ -112,23 +113,30 @@ class Engine:
         if request is not None:
             self._scheduler.remove(request.sequence)
 
+    def warm_up(self, num_prompt: int, params: SamplingParams) -> None:
+        """Compile what one request of resolved params and this prompt length runs.
+
+        Nothing runs on the state: only shapes are needed.
+        """
+        chunk = self._limits.prefill_chunk
+        counts = {min(num_prompt, chunk), num_prompt % chunk} - {0}
+        plans = [StepPlan((), ((Sequence(0, [0] * n, n, n), n),)) for n in counts]
+        if params.max_tokens > 1:
+            plans.append(StepPlan((Sequence(0, [0, 0], 1, 2, num_computed=1),), ()))
+        for plan in plans:
+            layout = self._layout(plan, dry=True)
+            self._programs.compile_step(self._state, layout)
+            logits = np.zeros((layout.logit_rows.shape[0], self._vocab_size), np.float32)
+            sampler.sample(logits, [0], [sampler.Choice(params, [0], 0)])
+
     def step(self) -> None:
         """Run one step and deliver its tokens."""
         plan = self._scheduler.plan()
-        num_decode, num_prefill, num_segments = self._sizes(plan)
-        layout = pack(
-            plan.decode_rows(),
-            plan.segment_rows(),
-            num_decode=num_decode,
-            num_prefill=num_prefill,
-            num_segments=num_segments,
-            page_size=self._limits.page_size,
-            pages_a_sequence=self._limits.pages_a_sequence,
-        )
+        layout = self._layout(plan)
         logits, self._state = self._programs.step(self._state, layout)
         self._scheduler.commit(plan)
         wanting = list(enumerate(plan.decodes)) + [
-            (num_decode + i, sequence)
+            (layout.num_decode + i, sequence)
             for i, (sequence, _) in enumerate(plan.segments)
             if sequence.num_computed == len(sequence.tokens)
         ]
@@ -139,7 +147,8 @@ class Engine:
             rows,
             [sampler.Choice(r.params, r.sequence.tokens, r.seed) for r in requests],
         )
-        found = sampler.logprobs(logits, rows, tokens.tolist(), [r.params.logprobs for r in requests])
+        counts = [r.params.logprobs for r in requests]
+        found = sampler.logprobs(logits, rows, tokens.tolist(), counts)
         for request, token, entry in zip(requests, tokens.tolist(), found, strict=True):
             self._deliver(request, token, entry)
 
@@ -149,6 +158,19 @@ class Engine:
         done = request.on_token(token, entry)
         if done or len(sequence.tokens) >= sequence.max_length:
             self.cancel(sequence.number)
+
+    def _layout(self, plan: StepPlan, *, dry: bool = False) -> BatchLayout:
+        """The step's arrays; a dry layout has the same sizes and names no slot or page."""
+        num_decode, num_prefill, num_segments = self._sizes(plan)
+        return pack(
+            [] if dry else plan.decode_rows(),
+            [] if dry else plan.segment_rows(),
+            num_decode=num_decode,
+            num_prefill=num_prefill,
+            num_segments=num_segments,
+            page_size=self._limits.page_size,
+            pages_a_sequence=self._limits.pages_a_sequence,
+        )
 
     def _sizes(self, plan: StepPlan) -> tuple[int, int, int]:
         """The static size (D, T, P) of a step; few distinct ones, for each is a program."""

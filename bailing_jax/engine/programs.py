@@ -36,6 +36,9 @@ class Programs:
             x, state, _ = model(state, layout)
             return model.logits(layout.prefill_rows(x)), state
 
+        def fold(leaves, state, layout):
+            return merged(leaves)(state, layout)[1]
+
         def hidden_states(leaves, state, layout):
             _, state, stream = merged(leaves)(state, layout)
             rows = [layout.prefill_rows(x).astype(jnp.float32) for x in stream]
@@ -46,14 +49,30 @@ class Programs:
             chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
             return chosen - jax.nn.logsumexp(logits, axis=1), state
 
+        self._compiled: dict[tuple[int, ...], jax.stages.Compiled] = {}
         self._step = jax.jit(step, donate_argnums=1)
         self._all_logits = jax.jit(all_logits, donate_argnums=1)
+        self._fold = jax.jit(fold, donate_argnums=1)
         self._hidden_states = jax.jit(hidden_states, donate_argnums=1)
         self._token_logprobs = jax.jit(token_logprobs, donate_argnums=1)
 
     def step(self, state: DecodeState, layout: BatchLayout) -> tuple[jax.Array, DecodeState]:
-        """Logits float32 [D + P, vocab] of every sequence's last row, and the new state."""
-        return self._step(self._leaves, state, layout)
+        """Logits float32 [D + P, vocab] of every sequence's last row, and the new state.
+
+        The first step of each size compiles.
+        """
+        self.compile_step(state, layout)
+        return self._compiled[_size(layout)](self._leaves, state, layout)
+
+    def compile_step(self, state: DecodeState, layout: BatchLayout) -> None:
+        """Compile the step of this layout's size without running it."""
+        size = _size(layout)
+        if size not in self._compiled:
+            self._compiled[size] = self._step.lower(self._leaves, state, layout).compile()
+
+    def fold(self, state: DecodeState, layout: BatchLayout) -> DecodeState:
+        """Only the new state."""
+        return self._fold(self._leaves, state, layout)
 
     def all_logits(self, state: DecodeState, layout: BatchLayout) -> tuple[jax.Array, DecodeState]:
         """Logits float32 [T, vocab] of every prefill row."""
@@ -70,3 +89,9 @@ class Programs:
     ) -> tuple[jax.Array, DecodeState]:
         """Log probability float32 [T] of targets int32 [T] after every prefill row."""
         return self._token_logprobs(self._leaves, state, layout, targets)
+
+
+def _size(layout: BatchLayout) -> tuple[int, ...]:
+    """What tells one step program from another; the engine's state never changes shape."""
+    segments = layout.segment_slots.shape[0]
+    return layout.num_decode, layout.num_prefill, segments, layout.decode_pages.shape[1]

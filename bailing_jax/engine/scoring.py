@@ -84,7 +84,7 @@ class Scorer:
         """The recurrent state float32 [N, K, V] of every lightning layer after all tokens."""
         state, steps = self._steps(token_ids)
         for _, layout in steps:
-            _, state = self._programs.step(state, layout)
+            state = self._programs.fold(state, layout)
         return {
             layer: np.asarray(leaf[_SLOT].astype(np.float32))
             for layer, (spec, leaf) in enumerate(

@@ -5,7 +5,8 @@ only the template, never a message, can write control tokens. Messages go to the
 given; no template is written here. A template is a program from a download: it runs in Jinja's
 immutable sandbox, inside a child process with a memory limit and a kernel timer. A sandbox alone
 does not bound work (nested loops, doubled strings, huge powers run in C, where no check in this
-process would see them). The child starts at the first render (about 0.1 s) and serves the rest.
+process would see them). The child starts at the first render (about 0.1 s) and serves all others
+(about 0.1 ms each).
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
 ROLES = ("system", "user", "assistant", "tool")
 MAX_TEMPLATE_BYTES = 1_000_000
 MAX_CONFIG_BYTES = 16_000_000
+MAX_DEPTH = 64
 MAX_OUTPUT_CHARACTERS = 4_000_000
 MAX_MEMORY_BYTES = 512 << 20
+MAX_ERROR_CHARACTERS = 500
 TIME_LIMIT_S = 1.5
 
 _TEMPLATE_FILE = "chat_template.jinja"
@@ -46,7 +49,6 @@ _CONFIG_FILE = "tokenizer_config.json"
 _LIST_ARGUMENTS = ("tools", "documents")
 _RESERVED = ("messages", "add_generation_prompt", "raise_exception", "strftime_now")
 _PRIVATE_USE = range(0xE000, 0xF900)
-MAX_ERROR_CHARACTERS = 500
 
 
 def load_chat_template(folder: Path) -> ChatTemplate | None:
@@ -157,14 +159,17 @@ class ChatTemplate:
     def _render(self, variables: Mapping[str, Any]) -> str:
         request, answer, status = json.dumps(variables).encode() + b"\n", b"", None
         with self._lock:
-            if self._child is None or self._child.poll() is not None:
-                self._child = self._start()
+            # Ours again only with the answer read: after Ctrl-C the next caller must not read it.
+            child, self._child = self._child, None
+            if child is None or child.poll() is not None:
+                child = self._start()
             try:
-                answer = _exchange(self._child, request)
+                answer = _exchange(child, request)
             finally:
-                # Also after Ctrl-C: the next caller must not read this answer.
-                if not answer:
-                    status = _stop(self._child)
+                if answer:
+                    self._child = child
+                else:
+                    status = _stop(child)
         if not answer:
             raise self._died(status)
         reply = json.loads(answer)
@@ -188,13 +193,10 @@ class ChatTemplate:
         return child
 
     def _died(self, status: int | None) -> UserError:
-        what = f"stopped its renderer (exit status {status})"
-        if status == -signal.SIGALRM:
-            what = f"took longer than {self._time_limit_s} s to render"
-        return UserError(
-            f"{self.where}: the chat template {what}",
-            "The template is broken or hostile: use the one released with the checkpoint.",
-        )
+        slow = f"took longer than {self._time_limit_s} s to render"
+        what = slow if status == -signal.SIGALRM else f"ended its renderer (status {status})"
+        hint = "The template is broken or hostile: use the one released with the checkpoint."
+        return UserError(f"{self.where}: the chat template {what}", hint)
 
 
 def _read(path: Path, limit: int) -> str:
@@ -264,7 +266,7 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
             raise _refused(f"{where} must be an object with role and content")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise _refused(f"{where}: role = {role!r}; allowed: {', '.join(ROLES)}")
+            raise _refused(f"{where}: role = {repr(role)[:40]}; allowed: {', '.join(ROLES)}")
         only_calls = role == "assistant" and content is None and message.get("tool_calls")
         if not isinstance(content, str) and not only_calls:
             raise _refused(
@@ -285,17 +287,20 @@ def _check_args(args: Mapping[str, object], reserved: Sequence[str]) -> None:
             good = value is None or isinstance(value, str | bool | int | float)
             allowed = "a string, a number, true, false, null"
         if not good:
-            raise _refused(f"template argument {name} = {value!r}; allowed: {allowed}")
+            got = type(value).__name__
+            raise _refused(f"template argument {name} is a {got}; allowed: {allowed}")
 
 
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+def _map_strings(value: Any, change: Callable[[str], str], room: int = MAX_DEPTH) -> Any:
     """A JSON value with every string in it, keys included, changed."""
+    if room == 0:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {change(key): _map_strings(item, change) for key, item in value.items()}
+        return {change(key): _map_strings(item, change, room - 1) for key, item in value.items()}
     if isinstance(value, list):
-        return [_map_strings(item, change) for item in value]
+        return [_map_strings(item, change, room - 1) for item in value]
     return value
 
 
@@ -345,20 +350,22 @@ def _serve() -> None:
     with contextlib.suppress(ValueError, OSError):  # macOS has this limit, but may not set it
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     compiled = functools.cache(_environment().from_string)
-    for line in sys.stdin.buffer:
+    for request in sys.stdin.buffer:
         # No Python handler: the default action ends the process, even inside a C call.
         signal.setitimer(signal.ITIMER_REAL, time_limit_s)
-        answer = _answer(lambda: compiled(source), {**special_tokens, **json.loads(line)})
+        answer = _answer(lambda: compiled(source), special_tokens, request)
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _answer(template: Callable[[], Template], variables: dict[str, Any]) -> dict[str, str]:
+def _answer(
+    template: Callable[[], Template], special_tokens: Mapping[str, str], request: bytes
+) -> dict[str, str]:
     parts: list[str] = []
     room = MAX_OUTPUT_CHARACTERS
     try:
-        for part in template().generate(variables):
+        for part in template().generate({**special_tokens, **json.loads(request)}):
             parts.append(part)
             room -= len(part)
             if room < 0:
@@ -384,7 +391,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
 
 
@@ -397,11 +404,7 @@ def _to_json(
 ) -> str:
     # Jinja's own filter escapes HTML, which no model was trained on.
     return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
@@ -409,7 +412,3 @@ def _raise_exception(message: str) -> NoReturn:
     from jinja2 import TemplateError
 
     raise TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)

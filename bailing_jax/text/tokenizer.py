@@ -11,6 +11,7 @@ and messages are `chat.py`'s; which ids end an answer is the engine's.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,8 @@ _TURN_MARKERS = ("<role>", "</role>", "<|role_end|>", "<|startoftext|>", "<|endo
 
 # A UTF-8 character has at most 4 bytes, a token at least one.
 _MAX_TOKENS_PER_CHARACTER = 4
-_REPLACEMENT = "\ufffd"
+# White space as the library's regular expressions know it: Python's `\s` has four more.
+_BLANK = r"[^\S\x1c-\x1f]"
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
@@ -113,9 +115,9 @@ class Tokenizer:
             end = match.end()
         return ids + self._encode_plain(text[end:], mark)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, control tokens left out; bytes that are no UTF-8 become U+FFFD."""
-        return self._library.decode(ids, skip_special_tokens=True)
+        return self._library.decode(list(ids), skip_special_tokens=True)
 
     def stream(self) -> TextStream:
         """A new stream that turns one sequence's ids into text as they come."""
@@ -202,5 +204,7 @@ def _pattern(alternatives: list[str], form: str) -> re.Pattern[str]:
 
 def _marker_pattern(token: AddedToken) -> str:
     """One group with the token's name; a stripping token swallows the blanks beside it."""
-    before = r"(?<!\s)\s*" if token.lstrip else ""  # the look-behind keeps the search linear
-    return f"{before}({re.escape(token.content)})" + (r"\s*" if token.rstrip else "")
+    # The look-behind keeps the search linear.
+    before = f"(?<!{_BLANK}){_BLANK}*" if token.lstrip else ""
+    after = f"{_BLANK}*" if token.rstrip else ""
+    return f"{before}({re.escape(token.content)}){after}"

@@ -9,12 +9,14 @@ from pallas_kernels.compat import einsum
 from pallas_kernels.paged_softmax import append
 
 
-def latent_attention(q, latents, pages, *, value_dim, page_table, context_lengths, cu_seqlens, scale):
+def latent_attention(
+    q, latents, pages, *, value_dim, page_table, context_lengths, cu_seqlens, scale
+):
     """See `api.latent_attention`."""
-    where = dict(
-        page_table=page_table, context_lengths=context_lengths, cu_seqlens=cu_seqlens
-    )
-    pages = append(pages, latents, **where)
+    pages = append(
+        pages, latents,
+        page_table=page_table, context_lengths=context_lengths, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
     starts = jnp.arange(q.shape[0] + 1) if cu_seqlens is None else cu_seqlens
     row = jnp.arange(q.shape[0])
     sequence = jnp.minimum(jnp.searchsorted(starts[1:], row, side="right"), len(starts) - 2)

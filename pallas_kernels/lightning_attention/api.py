@@ -123,7 +123,8 @@ def _check(
     if k.shape != q.shape or v.shape != (rows, heads, value_dim):
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: want [T,N,K] twice and [T,N,V]")
     if log_decay.shape != (heads,) or log_decay.dtype != jnp.float32:
-        raise ValueError(f"log_decay: want float32 [{heads}], got {log_decay.dtype}{log_decay.shape}")
+        got = f"{log_decay.dtype} {log_decay.shape}"
+        raise ValueError(f"log_decay: want float32 [{heads}], got {got}")
     if state.ndim != 4 or state.shape[1:] != (heads, key_dim, value_dim):
         raise ValueError(f"state: want [S,{heads},{key_dim},{value_dim}], got {state.shape}")
     if state.dtype not in (jnp.float32, jnp.bfloat16):

@@ -74,9 +74,10 @@ def check_sequences(
         batch == rows if cu_seqlens is None else cu_seqlens.shape == (batch + 1,)
     )
     if not fits:
+        lengths = None if cu_seqlens is None else cu_seqlens.shape
         raise ValueError(
             f"{rows} rows, page_table {page_table.shape}, context_lengths "
-            f"{context_lengths.shape}, cu_seqlens {None if cu_seqlens is None else cu_seqlens.shape}"
+            f"{context_lengths.shape}, cu_seqlens {lengths}"
         )
 
 
