@@ -21,6 +21,7 @@ import numpy as np
 
 from bailing_jax.row import Row
 
+
 class Region(NamedTuple):
     """Where the sequences of one region keep their state.
 

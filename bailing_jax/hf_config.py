@@ -177,10 +177,11 @@ def _dense_width(fields: Fields, num_dense: int) -> int:
 
 def _eos_token_ids(fields: Fields) -> tuple[int, ...]:
     value = fields.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    ids = tuple(i for i in values if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
+    if len(ids) != len(values):
         raise fields.refuse("eos_token_id", value, "a token id or a list of them")
-    return tuple(ids)
+    return ids
 
 
 @dataclass(frozen=True)

@@ -358,10 +358,10 @@ def _eos_ids(
     """Both files' end ids: releases name one in config.json and more in the other."""
     value = generation_config.get("eos_token_id")
     extra = value if isinstance(value, list) else [] if value is None else [value]
-    wrong = [i for i in extra if not isinstance(i, int) or isinstance(i, bool) or i < 0]
-    if wrong:
+    ids = [i for i in extra if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+    if len(ids) != len(extra):
         raise UserError(
             f"generation_config.json: eos_token_id = {value!r}; allowed: token ids",
             exit_code=EXIT_USAGE,
         )
-    return frozenset([*config_ids, *extra])
+    return frozenset([*config_ids, *ids])

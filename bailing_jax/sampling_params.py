@@ -145,6 +145,7 @@ def _integer(name: str, value: object, low: int, high: int = 2**31 - 1) -> None:
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
     if value is None:
         return
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= float(value) <= high or (open_low and value == low):
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    inside = math.isfinite(number) and low <= number <= high
+    if not inside or (open_low and number == low):
         raise _bad(name, value, f"a number {'>' if open_low else '>='} {low} and <= {high}")

@@ -34,24 +34,18 @@ class DecoderLayer(nnx.Module):
         )
         mlp = scope / "mlp"
         self.mlp = SwiGLU(mlp) if spec.mlp == "dense" else MoE(mlp, config.moe, options.kernels)
-        self.spec = spec
 
     def __call__(
         self, x: jax.Array, state: jax.Array, layout: BatchLayout, log_decay: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         h, state = self.attend(x, state, layout, log_decay)
-        y = self.post_attention_layernorm(h)
-        y = self.mlp(y) if self.spec.mlp == "dense" else self.mlp(y, layout.exists())
-        return h + y, state
+        return h + self.mlp(self.post_attention_layernorm(h), layout.exists()), state
 
     def attend(
         self, x: jax.Array, state: jax.Array, layout: BatchLayout, log_decay: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """The first half: x + attention(norm(x))."""
-        arguments = (self.input_layernorm(x), state, layout)
-        if self.spec.attention == "lightning":
-            arguments = (*arguments, log_decay)
-        y, state = self.attention(*arguments)
+        y, state = self.attention(self.input_layernorm(x), state, layout, log_decay)
         return x + y, state
 
 

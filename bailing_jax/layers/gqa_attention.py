@@ -35,7 +35,7 @@ class GqaAttention(nnx.Module):
         self.options = options
 
     def __call__(
-        self, x: jax.Array, pages: jax.Array, layout: BatchLayout
+        self, x: jax.Array, pages: jax.Array, layout: BatchLayout, _log_decay: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         config = self.config
         heads, kv_heads = config.num_heads, config.num_kv_heads

@@ -55,7 +55,7 @@ class MlaAttention(nnx.Module):
         self.options = options
 
     def __call__(
-        self, x: jax.Array, pages: jax.Array, layout: BatchLayout
+        self, x: jax.Array, pages: jax.Array, layout: BatchLayout, _log_decay: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         config = self.config
         q = self._queries(x, layout.positions)

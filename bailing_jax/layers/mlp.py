@@ -11,13 +11,16 @@ from bailing_jax.layers.linear import Linear
 
 
 class SwiGLU(nnx.Module):
-    """x [t, d] -> [t, d]; also the shared experts of a mixture."""
+    """x [t, d] -> [t, d]; also the shared experts of a mixture.
+
+    Every row is computed: skipping those that do not exist would cost more than it saves.
+    """
 
     def __init__(self, scope: Scope) -> None:
         self.gate_proj = Linear(scope / "gate_proj")
         self.up_proj = Linear(scope / "up_proj")
         self.down_proj = Linear(scope / "down_proj")
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, _exists: jax.Array) -> jax.Array:
         gate = jax.nn.silu(self.gate_proj(x).astype(jnp.float32)).astype(x.dtype)
         return self.down_proj(gate * self.up_proj(x))

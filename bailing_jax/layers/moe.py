@@ -86,4 +86,4 @@ class MoE(nnx.Module):
             exists,
             implementation=self.kernels,
         )
-        return y if self.shared_experts is None else y + self.shared_experts(x)
+        return y if self.shared_experts is None else y + self.shared_experts(x, exists)
