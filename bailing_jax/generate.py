@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from bailing_jax.errors import EXIT_OK, EXIT_USAGE, UserError, run_command
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from bailing_jax.llm import LLM
     from bailing_jax.request import StreamPiece
     from bailing_jax.sampling_params import SamplingParams
@@ -82,6 +84,12 @@ def _run(args: argparse.Namespace) -> int:
         )
     if ids is None and args.prompt is None:
         raise UserError("no prompt", "Give --prompt TEXT or --prompt-ids 1,2,3.", EXIT_USAGE)
+    if args.system is not None and (args.raw or ids is not None):
+        raise UserError(
+            "--system goes through the chat template, which --raw and --prompt-ids leave out",
+            "Leave out one of them.",
+            EXIT_USAGE,
+        )
     say = (lambda _line: None) if args.quiet else _say
     warnings.showwarning = lambda message, *_args, **_kwargs: say(f"warning: {message}")
     params = _sampling_params(args, rare)
@@ -104,21 +112,22 @@ def _run(args: argparse.Namespace) -> int:
         report=say,
     )
     prompt = llm.check_prompt(_prompt_ids(llm, args) if ids is None else ids)
+    stream = llm.stream(prompt, params)  # checks the parameters; runs with the first piece
     say(f"loaded in {time.perf_counter() - start:.1f} s; compiling")
     start = time.perf_counter()
     llm.warm_up(len(prompt), params)
     say(f"compiled in {time.perf_counter() - start:.1f} s")
-    _generate(llm, prompt, params, args, say)
+    _generate(llm, stream, len(prompt), args, say)
     return EXIT_OK
 
 
 def _generate(
-    llm: LLM, prompt: list[int], params: SamplingParams, args: argparse.Namespace, say: Any
+    llm: LLM, stream: Iterator[StreamPiece], prompt_tokens: int, args: argparse.Namespace, say: Any
 ) -> None:
     """Stream the answer to stdout (or collect it for --json), then say how fast it was."""
     pieces: list[StreamPiece] = []
-    stats = _Stats(len(prompt))
-    for piece in llm.stream(prompt, params):
+    stats = _Stats(prompt_tokens)
+    for piece in stream:
         stats.token()
         pieces.append(piece)
         if not args.json:
@@ -129,7 +138,7 @@ def _generate(
             "text": text,
             "token_ids": [p.token_id for p in pieces],
             "finish_reason": pieces[-1].finish_reason,
-            "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(pieces)},
+            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(pieces)},
             "stats": stats.figures(),
         }
         print(json.dumps(answer, ensure_ascii=False), flush=True)
@@ -190,6 +199,8 @@ def _write(piece: StreamPiece) -> None:
 def _prompt_ids(llm: LLM, args: argparse.Namespace) -> list[int]:
     """The prompt's ids: through the chat template where the model has one, unless --raw."""
     if llm.tokenizer is None or llm.chat_template is None or args.raw:
+        if args.system is not None:
+            raise UserError("--system: the model has no chat template to write it", "", EXIT_USAGE)
         return llm.encode(args.prompt)
     messages = [{"role": "user", "content": args.prompt}]
     if args.system is not None:
@@ -218,10 +229,10 @@ def _json_object(flag: str, text: str | None) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{flag}: not JSON: {error}", exit_code=EXIT_USAGE) from error
     if not isinstance(value, dict):
-        raise UserError(f"{flag}: want a JSON object, got {text}", exit_code=EXIT_USAGE)
+        raise UserError(f"{flag}: want a JSON object, got {text:.60}", exit_code=EXIT_USAGE)
     return value
 
 
@@ -229,9 +240,9 @@ def _parse_ids(text: str | None) -> list[int] | None:
     if text is None:
         return None
     words = text.strip("[] ").replace(",", " ").split()
-    if not all(word.isdigit() for word in words):
+    if not all(word.isdecimal() and len(word) < 20 for word in words):
         raise UserError(
-            f"--prompt-ids: {text!r} is not a list of token ids", "Write 1,2,3.", EXIT_USAGE
+            f"--prompt-ids: {text!r:.60} is not a list of token ids", "Write 1,2,3.", EXIT_USAGE
         )
     return [int(word) for word in words]
 

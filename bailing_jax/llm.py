@@ -8,6 +8,8 @@ threads.
 from __future__ import annotations
 
 import logging
+import operator
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -153,11 +155,18 @@ class LLM:
         ]
         # All answers are made before any is submitted: a bad stop string stops everything.
         answers = [self._answers(len(ids), params) for ids, params in checked]
-        for (ids, params), group in zip(checked, answers, strict=True):
-            for i, answer in enumerate(group):
-                self._submit(ids, params, i, answer, lambda _piece: None)
-        while self._engine.has_work:
-            self._engine.step()
+        numbers: list[int] = []
+        try:
+            for (ids, params), group in zip(checked, answers, strict=True):
+                for i, answer in enumerate(group):
+                    numbers.append(self._submit(ids, params, i, answer, lambda _piece: None))
+            for number in numbers:
+                while self._engine.is_unfinished(number):
+                    self._engine.step()
+        finally:
+            # After Ctrl-C nobody wants these answers any more.
+            for number in numbers:
+                self._engine.cancel(number)
         return [
             RequestOutput(
                 prompt=prompt if isinstance(prompt, str) else None,
@@ -185,13 +194,17 @@ class LLM:
     def _stream(
         self, ids: list[int], params: SamplingParams, answer: Answer
     ) -> Iterator[StreamPiece]:
-        pieces: list[StreamPiece] = []
+        pieces: deque[StreamPiece] = deque()
         number = self._submit(ids, params, 0, answer, pieces.append)
         try:
-            while self._engine.has_work:
-                self._engine.step()
-                yield from pieces
-                pieces.clear()
+            # Other calls may step the engine between two pieces, and finish this answer too.
+            while pieces or self._engine.is_unfinished(number):
+                while pieces:
+                    yield pieces.popleft()
+                if self._engine.is_unfinished(number):
+                    self._engine.step()
+            if answer.output().finish_reason is None:
+                raise RuntimeError("an error in another call ended this stream")
         finally:
             self._engine.cancel(number)
 
@@ -329,7 +342,15 @@ class LLM:
     def _checked_ids(
         self, token_ids: Sequence[int], what: str, *, empty: bool = False
     ) -> list[int]:
-        ids = [int(i) for i in token_ids]
+        try:
+            if isinstance(token_ids, str | bytes):
+                raise TypeError("text, where token ids are wanted")
+            ids = [operator.index(i) for i in token_ids]
+        except TypeError as error:
+            raise UserError(
+                f"{what} = {token_ids!r:.60}; allowed: a list of token ids, or for a prompt a text",
+                exit_code=EXIT_USAGE,
+            ) from error
         if not ids and not empty:
             raise UserError(f"{what}: empty", "Give at least one token.", EXIT_USAGE)
         wrong = [i for i in ids if not 0 <= i < self.config.vocab_size]

@@ -10,6 +10,8 @@ from bailing_jax.errors import EXIT_USAGE, UserError
 
 MAX_LOGPROBS = 20
 MAX_COMPLETIONS = 64
+# Beyond, a penalty or a bias would turn float32 logits into infinities.
+_EXTREME = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,24 +52,35 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        for name, high in (("max_tokens", 2**31 - 1), ("n", MAX_COMPLETIONS)):
-            if getattr(self, name) is None:
-                raise _bad(name, None, f"an integer from 1 to {high}")
-            _integer(name, getattr(self, name), 1, high)
-        _integer("top_k", self.top_k, 0)
-        _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _integer("seed", self.seed, 0, 2**64 - 1)
+        _integer("max_tokens", self.max_tokens, 1)
+        _integer("n", self.n, 1, MAX_COMPLETIONS)
+        for name, high in (("top_k", 2**31 - 1), ("logprobs", MAX_LOGPROBS), ("seed", 2**64 - 1)):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, high)
         _number("temperature", self.temperature, 0, math.inf)
         _number("top_p", self.top_p, 0, 1, open_low=True)
         _number("min_p", self.min_p, 0, 1)
-        _number("repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True)
+        _number("repetition_penalty", self.repetition_penalty, 1 / _EXTREME, _EXTREME)
         if not isinstance(self.ignore_eos, bool):
             raise _bad("ignore_eos", self.ignore_eos, "true, false")
-        for key, value in (self.logit_bias or {}).items():
+        self._check_collections()
+
+    def _check_collections(self) -> None:
+        bias = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(bias, Mapping) or None in bias.values():
+            raise _bad("logit_bias", bias, "a number for each token id")
+        for key, value in bias.items():
             _integer("logit_bias", key, 0)
-            _number("logit_bias", value, -math.inf, math.inf)
-        for token in self.stop_token_ids or ():
+            _number("logit_bias", value, -_EXTREME, _EXTREME)
+        ids = () if self.stop_token_ids is None else self.stop_token_ids
+        if not isinstance(ids, Sequence):
+            raise _bad("stop_token_ids", ids, "a list of token ids")
+        for token in ids:
             _integer("stop_token_ids", token, 0)
+        if not isinstance(self.stop, str | Sequence | None) or not all(
+            isinstance(string, str) for string in self.stop_strings
+        ):
+            raise _bad("stop", self.stop, "a string, or a list of strings")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -78,7 +91,13 @@ class SamplingParams:
 
 
 _FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_NEUTRAL = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+_NEUTRAL: Mapping[str, object] = {
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
 
 
 def resolve(
@@ -91,19 +110,16 @@ def resolve(
     Raises:
         UserError: a value of the file is out of range; names `where`.
     """
-    defaults = dict(_NEUTRAL)
-    for name in _FROM_MODEL:
-        value = generation_config.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            defaults[name] = value
+    named = {name: generation_config.get(name) for name in _FROM_MODEL}
+    defaults = {**_NEUTRAL, **{name: v for name, v in named.items() if v is not None}}
     # A file that samples without naming a temperature means 1.
-    if generation_config.get("do_sample") and generation_config.get("temperature") is None:
+    if generation_config.get("do_sample") and named["temperature"] is None:
         defaults["temperature"] = 1.0
     if generation_config.get("do_sample") is False:
         defaults["temperature"] = 0.0
     missing = {name: defaults[name] for name in _FROM_MODEL if getattr(params, name) is None}
     try:
-        return replace(params, **missing)
+        return replace(params, **missing)  # pyright: ignore[reportArgumentType]
     except UserError as error:
         raise UserError(f"{where}: {error.message}", error.hint, EXIT_USAGE) from error
 
@@ -125,7 +141,7 @@ def from_mapping(values: Mapping[str, object], where: str) -> SamplingParams:
     bias = values.get("logit_bias")
     if isinstance(bias, Mapping):
         # JSON has string keys only.
-        if not all(str(key).isdigit() for key in bias):
+        if not all(str(key).isdecimal() for key in bias):
             raise _bad("logit_bias", bias, "token ids as keys")
         values = {**values, "logit_bias": {int(str(k)): v for k, v in bias.items()}}
     return SamplingParams(**values)  # pyright: ignore[reportArgumentType]
@@ -136,8 +152,6 @@ def _bad(name: str, value: object, allowed: str) -> UserError:
 
 
 def _integer(name: str, value: object, low: int, high: int = 2**31 - 1) -> None:
-    if value is None:
-        return
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise _bad(name, value, f"an integer from {low} to {high}")
 

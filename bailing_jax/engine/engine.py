@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 
 from bailing_jax.batch import BatchLayout, pack
@@ -20,7 +21,7 @@ from bailing_jax.engine.programs import Programs
 from bailing_jax.engine.scheduler import Scheduler, Sequence, StepPlan
 from bailing_jax.engine.slots import SlotLedger
 from bailing_jax.sampling_params import SamplingParams
-from bailing_jax.state import StateSpec, allocate
+from bailing_jax.state import DecodeState, StateSpec, allocate
 
 _PREFILL_SIZES = (64, 256, 1024)
 _MAX_SEGMENTS = 32
@@ -76,25 +77,35 @@ class Engine:
         self, programs: Programs, config: ModelConfig, limits: EngineLimits, spec: StateSpec
     ) -> None:
         self._programs = programs
+        self._config = config
         self._limits = limits
-        self._vocab_size = config.vocab_size
-        self._state = allocate(config, spec)
-        self._scheduler = Scheduler(
-            slots=SlotLedger(limits.max_num_seqs),
-            pages=PageLedger(spec.num_pages - 1, limits.page_size),
-            prefill_budget=limits.prefill_chunk,
-            max_segments=min(limits.max_num_seqs, _MAX_SEGMENTS),
-        )
-        self._requests: dict[int, _Request] = {}
+        self._spec = spec
         self._count = 0
+        self._start_afresh()
         self._prefill_sizes = sorted(
             {*(s for s in _PREFILL_SIZES if s < limits.prefill_chunk), limits.prefill_chunk}
         )
+
+    def _start_afresh(self) -> None:
+        """No requests, free ledgers and a new state."""
+        self._requests: dict[int, _Request] = {}
+        self._scheduler = Scheduler(
+            slots=SlotLedger(self._limits.max_num_seqs),
+            pages=PageLedger(self._spec.num_pages - 1, self._limits.page_size),
+            prefill_budget=self._limits.prefill_chunk,
+            max_segments=min(self._limits.max_num_seqs, _MAX_SEGMENTS),
+        )
+        self._state = DecodeState(())  # gives the old one's memory back first
+        self._state = allocate(self._config, self._spec)
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
         return self._scheduler.has_work
+
+    def is_unfinished(self, number: int) -> bool:
+        """Whether the request of this number has tokens to come."""
+        return number in self._requests
 
     def submit(
         self, prompt: list[int], params: SamplingParams, seed: int, on_token: OnToken
@@ -126,11 +137,20 @@ class Engine:
         for plan in plans:
             layout = self._layout(plan, dry=True)
             self._programs.compile_step(self._state, layout)
-            logits = np.zeros((layout.logit_rows.shape[0], self._vocab_size), np.float32)
+            logits = jnp.zeros((layout.logit_rows.shape[0], self._config.vocab_size), jnp.float32)
             sampler.sample(logits, [0], [sampler.Choice(params, [0], 0)])
 
     def step(self) -> None:
-        """Run one step and deliver its tokens."""
+        """Run one step and deliver its tokens. If that fails, every request is over."""
+        try:
+            self._step()
+        except BaseException:
+            # The state may be given away and a plan half done (Ctrl-C comes anywhere): nothing
+            # that was running can be trusted to go on.
+            self._start_afresh()
+            raise
+
+    def _step(self) -> None:
         plan = self._scheduler.plan()
         layout = self._layout(plan)
         logits, self._state = self._programs.step(self._state, layout)

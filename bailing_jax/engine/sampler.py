@@ -127,7 +127,8 @@ def _draw(
 
 def _draw_row(logits, temperature, top_k, top_p, min_p, seed, position):
     vocab = logits.shape[0]
-    scaled = logits / jnp.where(temperature > 0, temperature, 1)
+    # The best becomes 0: no temperature, however small, makes an infinity of it.
+    scaled = (logits - logits.max()) / jnp.where(temperature > 0, temperature, 1)
     order = jnp.argsort(-scaled, stable=True)
     ranked = scaled[order]
     ranked = jnp.where(jnp.arange(vocab) < jnp.where(top_k > 0, top_k, vocab), ranked, -jnp.inf)

@@ -145,3 +145,4 @@ class Scheduler:
             self.slots.free(sequence.slot)
         if sequence.pages is not None:
             self.pages.free(sequence.pages)
+        sequence.slot = sequence.pages = None

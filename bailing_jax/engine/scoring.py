@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from bailing_jax.batch import BatchLayout, pack
@@ -19,6 +20,8 @@ from bailing_jax.row import Row
 from bailing_jax.state import DecodeState, StateSpec, allocate
 
 MAX_RESULT_BYTES = 4 * 2**30
+# Below this many rows another program costs more to compile than it saves.
+_SMALLEST = 64
 # The only sequence of a scorer's state.
 _SLOT = 1
 
@@ -76,7 +79,7 @@ class Scorer:
         for rows, layout in steps:
             targets = np.zeros(layout.num_prefill, np.int32)
             targets[: rows.stop - rows.start] = token_ids[rows.start + 1 : rows.stop + 1]
-            part, state = self._programs.token_logprobs(state, layout, targets)
+            part, state = self._programs.token_logprobs(state, layout, jnp.asarray(targets))
             out[rows] = part[: rows.stop - rows.start]
         return out
 
@@ -119,7 +122,7 @@ class Scorer:
                         [],
                         [row],
                         num_decode=0,
-                        num_prefill=min(1 << (count - 1).bit_length(), self._chunk),
+                        num_prefill=min(max(_SMALLEST, 1 << (count - 1).bit_length()), self._chunk),
                         num_segments=1,
                         page_size=page_size,
                         pages_a_sequence=num_pages,
