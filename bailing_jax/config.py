@@ -171,7 +171,7 @@ def _read_json(path: Path) -> Mapping[str, object]:
     path = path / "config.json" if path.is_dir() else path
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: cannot be read as JSON: {error}", exit_code=EXIT_USAGE
         ) from error

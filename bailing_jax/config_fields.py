@@ -6,7 +6,7 @@ nobody understood. It knows nothing of models: the meaning of the keys is in `co
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 from bailing_jax.errors import EXIT_USAGE, UserError
@@ -21,6 +21,7 @@ class Fields:
         self.values = values
         self.where = where
         self._known: set[str] = set()
+        self._strange: list[str] = []
 
     def refuse(self, key: str, value: object, allowed: str, hint: str = "") -> UserError:
         """The error for a key whose value can't be used."""
@@ -35,22 +36,24 @@ class Fields:
         """Whether the key is present and not null."""
         return self.get(key) is not None
 
-    def integer(self, key: str, default: int | None = None, *, low: int = 1) -> int:
-        """An int in [low, 2^31); `default` when absent, an error when there is no default."""
-        value = self.optional_integer(key, low=low)
+    def integer(
+        self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_INT
+    ) -> int:
+        """An int in [low, high]; `default` when absent, an error when there is no default."""
+        value = self.optional_integer(key, low=low, high=high)
         if value is not None:
             return value
         if default is None:
-            raise self._missing(key, f"an integer >= {low}")
+            raise self._missing(key, f"an integer from {low} to {high}")
         return default
 
-    def optional_integer(self, key: str, *, low: int = 1) -> int | None:
-        """An int in [low, 2^31), or None when absent or null."""
+    def optional_integer(self, key: str, *, low: int = 1, high: int = MAX_INT) -> int | None:
+        """An int in [low, high], or None when absent or null."""
         value = self.get(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_INT:
-            raise self.refuse(key, value, f"an integer from {low} to {MAX_INT}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.refuse(key, value, f"an integer from {low} to {high}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -59,7 +62,7 @@ class Fields:
         if value is not None:
             return value
         if default is None:
-            raise self._missing(key, "a number > 0")
+            raise self._missing(key, "a finite number > 0")
         return default
 
     def optional_number(self, key: str, *, zero: bool = False) -> float | None:
@@ -69,8 +72,9 @@ class Fields:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.refuse(key, value, "a number")
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-            raise self.refuse(key, value, "a finite number >= 0" if zero else "a number > 0")
+        # An int may be too large for a float; this comparison is exact.
+        if not 0 <= value <= sys.float_info.max or (value == 0 and not zero):
+            raise self.refuse(key, value, f"a finite number {'>=' if zero else '>'} 0")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
@@ -94,9 +98,13 @@ class Fields:
         """Mark keys that are understood and change nothing here."""
         self._known.update(keys)
 
+    def add_unknown(self, names: Iterable[str]) -> None:
+        """Report these too: unknown keys of an object inside this one, as `object.key`."""
+        self._strange += names
+
     def unknown(self) -> tuple[str, ...]:
         """The keys nobody asked for, sorted."""
-        return tuple(sorted(set(self.values) - self._known))
+        return tuple(sorted({*self.values, *self._strange} - self._known))
 
     def _missing(self, key: str, allowed: str) -> UserError:
         return UserError(

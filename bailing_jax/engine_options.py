@@ -66,12 +66,12 @@ class EngineOptions:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise _bad(name, value, "an integer >= 1")
-        if not 0 < self.memory_fraction <= 1:
+        if not _is_fraction(self.memory_fraction):
             raise _bad("memory_fraction", self.memory_fraction, "a number > 0 and <= 1")
         if not _is_single(self.mesh):
             raise _bad("mesh", self.mesh, "one device (sharding is not supported yet)")
-        if self.batch_invariant:
-            raise _bad("batch_invariant", True, "false (exact mode is not supported yet)")
+        if self.batch_invariant is not False:
+            raise _bad("batch_invariant", self.batch_invariant, "False (exact mode is not supported yet)")
         for operator in _OPERATORS:
             names = ("auto", *dispatch.implementations(operator))
             if self.kernels not in names:
@@ -107,7 +107,12 @@ def _is_single(mesh: Mapping[str, int] | str | None) -> bool:
         return True
     if isinstance(mesh, str):
         return all(part.split("=")[-1].strip() == "1" for part in mesh.split(","))
-    return all(size == 1 for size in mesh.values())
+    return isinstance(mesh, Mapping) and all(size == 1 for size in mesh.values())
+
+
+def _is_fraction(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value <= 1
 
 
 def _bad(name: str, value: object, allowed: str) -> UserError:

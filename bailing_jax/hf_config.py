@@ -62,6 +62,11 @@ _NO_EFFECT = (
     "use_cache",
 )
 _DTYPES = ("float32", "bfloat16", "float16")
+# Far beyond every release (80 layers, 64 heads, 512 experts). Each of these makes objects or table
+# rows before any weight is read, so a damaged file must not ask for billions of them.
+_MAX_LAYERS = 4096
+_MAX_HEADS = 2**16
+_MAX_EXPERTS = 2**16
 
 
 def _architecture(fields: Fields) -> str:
@@ -98,21 +103,13 @@ def read(fields: Fields) -> ModelConfig:
     """The config these keys describe; see `ModelConfig.from_hf` for what is raised."""
     name = _architecture(fields)
     _refuse_unsupported(fields, name)
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.integer("num_hidden_layers", high=_MAX_LAYERS)
     num_dense = fields.integer("first_k_dense_replace", 1, low=0)
     if num_dense > num_layers:
         raise fields.refuse("first_k_dense_replace", num_dense, f"0 to {num_layers} (the layers)")
     hybrid = name != V2
     if not hybrid:
         fields.ignored(("layer_group_size", "group_norm_size", "linear_silu", "use_linear_silu"))
-    decay_layer_offset = fields.integer("decay_layer_offset", 0, low=0)
-    if decay_layer_offset > 1:
-        raise fields.refuse("decay_layer_offset", decay_layer_offset, "0, 1")
-    dtype = fields.get("dtype") if fields.has("dtype") else fields.get("torch_dtype")
-    fields.ignored(("torch_dtype",))
-    dtype = "bfloat16" if dtype is None else str(dtype).removeprefix("torch.")
-    if dtype not in _DTYPES:
-        raise fields.refuse("torch_dtype", dtype, ", ".join(_DTYPES))
     heads = _read_heads(fields)
     return ModelConfig(
         architecture=name,
@@ -130,9 +127,9 @@ def read(fields: Fields) -> ModelConfig:
         gqa=None if name == V2_5 else _read_gqa(fields, heads),
         mla=_read_mla(fields, heads) if name == V2_5 else None,
         num_mtp_layers=fields.integer("num_nextn_predict_layers", 0, low=0),
-        decay_layer_offset=decay_layer_offset,
+        decay_layer_offset=fields.integer("decay_layer_offset", 0, low=0, high=1),
         eos_token_ids=_eos_token_ids(fields),
-        checkpoint_dtype=dtype,
+        checkpoint_dtype=_checkpoint_dtype(fields),
     )
 
 
@@ -175,6 +172,18 @@ def _dense_width(fields: Fields, num_dense: int) -> int:
     return 0
 
 
+def _checkpoint_dtype(fields: Fields) -> str:
+    """`dtype`, or `torch_dtype` in older files."""
+    keys = [key for key in ("dtype", "torch_dtype") if fields.has(key)]
+    if not keys:
+        return "bfloat16"
+    value = fields.get(keys[0])
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise fields.refuse(keys[0], value, ", ".join(_DTYPES))
+    return name
+
+
 def _eos_token_ids(fields: Fields) -> tuple[int, ...]:
     value = fields.get("eos_token_id")
     values = value if isinstance(value, list) else [] if value is None else [value]
@@ -198,7 +207,7 @@ class _Heads:
 
 def _read_heads(fields: Fields) -> _Heads:
     hidden_size = fields.integer("hidden_size")
-    num_heads = fields.integer("num_attention_heads")
+    num_heads = fields.integer("num_attention_heads", high=_MAX_HEADS)
     head_dim = fields.integer("head_dim", 0, low=0)
     if head_dim == 0:
         if hidden_size % num_heads:
@@ -270,15 +279,17 @@ def _read_mla(fields: Fields, heads: _Heads) -> Mla:
 
 
 def _read_moe(fields: Fields) -> Moe:
-    num_experts = fields.integer("num_experts")
-    num_groups = fields.integer("n_group", 0, low=0) or 1
+    num_experts = fields.integer("num_experts", high=_MAX_EXPERTS)
+    stated_groups = fields.integer("n_group", 0, low=0)
+    num_groups = stated_groups or 1
     if num_experts % num_groups or (num_groups > 1 and num_experts // num_groups < 2):
         raise fields.refuse(
             "n_group", num_groups, f"divisors of {num_experts} with two or more experts a group"
         )
-    num_kept = fields.integer("topk_group", 0, low=0) or num_groups
-    if num_kept > num_groups:
-        raise fields.refuse("topk_group", num_kept, f"1 to {num_groups} (n_group)")
+    # Without n_group, topk_group has nothing to keep; with several groups it must be there.
+    fields.ignored(("topk_group",))
+    default = 1 if num_groups == 1 else None
+    num_kept = fields.integer("topk_group", default, high=num_groups) if stated_groups else 1
     chosen = fields.integer("num_experts_per_tok")
     reachable = num_kept * (num_experts // num_groups)
     if chosen > reachable:
@@ -299,6 +310,7 @@ def _read_moe(fields: Fields) -> Moe:
 def _read_rope(fields: Fields, head_dim: int) -> Rope:
     """RoPE of the GQA and lightning heads, from the top level and both nested styles."""
     blocks: dict[str, object] = {}
+    origin: dict[str, str] = {}
     for key in ("rope_scaling", "rope_parameters"):
         block = fields.get(key)
         if block is None:
@@ -306,12 +318,13 @@ def _read_rope(fields: Fields, head_dim: int) -> Rope:
         if not isinstance(block, dict):
             raise fields.refuse(key, block, "null or an object")
         for name, value in block.items():
+            origin.setdefault(name, key)
             if blocks.setdefault(name, value) != value:
-                raise fields.refuse(f"{key}.{name}", value, "rope_scaling's value")
+                raise fields.refuse(f"{key}.{name}", value, f"{blocks[name]!r}, as in rope_scaling")
     nested = Fields(blocks, f"{fields.where}: rope_scaling/rope_parameters")
     theta = _agreeing_number(fields, nested, "rope_theta")
-    if theta is None:
-        raise fields.refuse("rope_theta", None, "a number (no base is ever assumed)")
+    if theta is None or theta <= 1:
+        raise fields.refuse("rope_theta", theta, "a number > 1 (no base is ever assumed)")
     factor = _agreeing_number(fields, nested, "partial_rotary_factor")
     rotary_dim = fields.optional_integer("rotary_dim")
     num_dims = rotary_dim or head_dim
@@ -321,12 +334,7 @@ def _read_rope(fields: Fields, head_dim: int) -> Rope:
         key = "partial_rotary_factor" if factor is not None else "rotary_dim"
         raise fields.refuse(key, factor or rotary_dim, f"even, 2 to head_dim = {head_dim}")
     yarn = _read_yarn(nested, fields.integer("max_position_embeddings", 32768))
-    if nested.unknown():
-        warnings.warn(
-            f"{nested.where}: unknown keys, not used: {', '.join(nested.unknown())}",
-            ConfigWarning,
-            stacklevel=2,
-        )
+    fields.add_unknown(f"{origin[name]}.{name}" for name in nested.unknown())
     return Rope(theta=theta, num_dims=num_dims, yarn=yarn)
 
 
@@ -338,12 +346,17 @@ def _agreeing_number(fields: Fields, nested: Fields, key: str) -> float | None:
 
 
 def _read_yarn(nested: Fields, max_positions: int) -> Yarn | None:
-    kinds = {nested.get("type"), nested.get("rope_type")} - {None}
-    if kinds - {"default"} == set():
+    keys = [key for key in ("rope_type", "type") if nested.has(key)]
+    kinds = [nested.get(key) for key in keys]
+    if kinds[1:] and kinds[0] != kinds[1]:
+        raise nested.refuse(keys[1], kinds[1], f"{kinds[0]!r}, as {keys[0]} says")
+    if not kinds and nested.has("factor"):
+        raise nested.refuse("rope_type", None, "default, yarn (there is a factor)")
+    if not kinds or kinds[0] == "default":
         nested.ignored(("factor",))
         return None
-    if kinds != {"yarn"}:
-        raise nested.refuse("rope_type", sorted(map(str, kinds)), "default, yarn")
+    if kinds[0] != "yarn":
+        raise nested.refuse(keys[0], kinds[0], "default, yarn")
     nested.fixed("truncate", (True,))
     factor = nested.number("factor")
     original = nested.integer("original_max_position_embeddings", max_positions)

@@ -105,7 +105,8 @@ def _unused(
 
 def _report(kind: str, names: Iterable[str]) -> str:
     groups: dict[str, list[str]] = {}
-    for name in sorted(names):
+    # One tensor may fill two parameters; it counts once.
+    for name in sorted(set(names)):
         groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
     return "\n".join(
         f"  {kind}: {len(group)} x {pattern}, e.g. {group[0]}" for pattern, group in groups.items()
