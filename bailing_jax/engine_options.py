@@ -71,7 +71,8 @@ class EngineOptions:
         if not _is_single(self.mesh):
             raise _bad("mesh", self.mesh, "one device (sharding is not supported yet)")
         if self.batch_invariant is not False:
-            raise _bad("batch_invariant", self.batch_invariant, "False (exact mode is not supported yet)")
+            allowed = "False (exact mode is not supported yet)"
+            raise _bad("batch_invariant", self.batch_invariant, allowed)
         for operator in _OPERATORS:
             names = ("auto", *dispatch.implementations(operator))
             if self.kernels not in names:
@@ -111,8 +112,9 @@ def _is_single(mesh: Mapping[str, int] | str | None) -> bool:
 
 
 def _is_fraction(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value <= 1
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value <= 1
 
 
 def _bad(name: str, value: object, allowed: str) -> UserError:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import zlib
 
-import bailing_jax  # noqa: F401  (imported for its effect, see above)
 import numpy as np
 import pytest
+
+import bailing_jax  # noqa: F401  (imported for its effect, see above)
 
 
 @pytest.fixture

@@ -66,7 +66,9 @@ class Driver:
     ) -> None:
         self.folder = folder
         engine_options = EngineOptions(state_dtype=state_dtype, **options)
-        self.loaded: LoadedModel = load(folder, engine_options, overrides or {}, 0, print)
+        self.loaded: LoadedModel = load(
+            folder, engine_options, overrides or {}, 0, lambda _line: None
+        )
         self.config = self.loaded.config
         self.sizes = sizes or Sizes()
         self._spec = StateSpec(
@@ -150,8 +152,8 @@ class Driver:
             pages_a_sequence=sizes.pages_a_sequence,
         )
         if garbage is not None:
-            used = sum(count for _, count in segments)
-            pads = np.r_[len(decodes) : sizes.num_decode, sizes.num_decode + used : len(layout.tokens)]
+            used = sizes.num_decode + sum(count for _, count in segments)
+            pads = np.r_[len(decodes) : sizes.num_decode, used : len(layout.tokens)]
             np.asarray(layout.tokens)[pads] = garbage.integers(
                 0, self.config.vocab_size, len(pads)
             )

@@ -73,7 +73,8 @@ def same_answer(got: Request, want: Request) -> None:
 
 
 def same_bits(got: Request, want: Request) -> None:
-    np.testing.assert_array_equal(got.all_logits().view(np.uint32), want.all_logits().view(np.uint32))
+    a, b = got.all_logits(), want.all_logits()
+    np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 def same_state(driver: Driver, got: Request, want: dict[int, np.ndarray]) -> None:
@@ -102,7 +103,7 @@ def test_r051_several_cuts_and_two_prompts_cut_in_the_same_steps(
     for _ in range(8):
         driver.reset()
         gots = [make(112, 2), make(90, 5, 1)]
-        while any(r.done < len(r.tokens) for r in gots):
+        while unfinished(gots):
             room, segments = 128, []
             for request in gots:
                 count = min(int(rng.integers(0, 40)), len(request.tokens) - request.done, room)
@@ -209,18 +210,21 @@ def test_r100_an_empty_segment_leaves_its_slot_alone(driver: Driver) -> None:
         np.testing.assert_array_equal(now, was)
 
 
+def unfinished(requests: list[Request]) -> list[Request]:
+    return [request for request in requests if request.done < len(request.tokens)]
+
+
 def company(driver: Driver, order: Callable[[list], list]) -> list[Request]:
     """Three decoding requests and two prefilling ones sharing every step."""
     running = [make(45 + 10 * i, 1 + i, i) for i in range(3)]
     for request in running:
         driver.step(segments=[(request, 40)])
     starting = [make(60, 4), make(75, 5, 1)]
-    while any(r.done < len(r.tokens) for r in starting):
-        segments = [(r, min(25, len(r.tokens) - r.done)) for r in starting if r.done < len(r.tokens)]
-        decodes = [r for r in running if r.done < len(r.tokens)]
-        driver.step(order(decodes), order(segments))
-    while any(r.done < len(r.tokens) for r in running):
-        driver.step(order([r for r in running if r.done < len(r.tokens)]))
+    while left := unfinished(starting):
+        segments = [(r, min(25, len(r.tokens) - r.done)) for r in left]
+        driver.step(order(unfinished(running)), order(segments))
+    while left := unfinished(running):
+        driver.step(order(left))
     return [*running, *starting]
 
 
