@@ -7,9 +7,9 @@ threads.
 
 from __future__ import annotations
 
-import logging
 import operator
 from collections import deque
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +31,12 @@ from bailing_jax.loading import Report, load
 from bailing_jax.request import Answer, RequestOutput, StreamPiece
 from bailing_jax.sampling_params import SamplingParams, resolve
 
-logger = logging.getLogger(__name__)
-
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class LLM:
@@ -56,7 +58,7 @@ class LLM:
         batch_invariant: False; exact mode is not supported yet.
         hf_overrides: config.json keys (and decay_layer_offset) that replace the file's.
         seed: of a preset's random weights.
-        report: called with each line about what was loaded; default: the log.
+        report: called with each line about what was loaded; default: printed on stderr.
 
     Raises:
         UserError: what is wrong with model or options, and what to do.
@@ -78,7 +80,7 @@ class LLM:
         batch_invariant: bool = False,
         hf_overrides: Mapping[str, object] | None = None,
         seed: int = 0,
-        report: Report = logger.info,
+        report: Report = _print,
     ) -> None:
         options = EngineOptions(
             dtype=dtype,
