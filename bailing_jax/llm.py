@@ -8,8 +8,8 @@ threads.
 from __future__ import annotations
 
 import operator
-from collections import deque
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -11,7 +11,7 @@ from bailing_jax.errors import EXIT_USAGE, UserError
 MAX_LOGPROBS = 20
 MAX_COMPLETIONS = 64
 # Beyond, a penalty or a bias would turn float32 logits into infinities.
-_EXTREME = 1e30
+_SMALL, _LARGE = 1e-30, 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class SamplingParams:
         _number("temperature", self.temperature, 0, math.inf)
         _number("top_p", self.top_p, 0, 1, open_low=True)
         _number("min_p", self.min_p, 0, 1)
-        _number("repetition_penalty", self.repetition_penalty, 1 / _EXTREME, _EXTREME)
+        _number("repetition_penalty", self.repetition_penalty, _SMALL, _LARGE)
         if not isinstance(self.ignore_eos, bool):
             raise _bad("ignore_eos", self.ignore_eos, "true, false")
         self._check_collections()
@@ -71,7 +71,7 @@ class SamplingParams:
             raise _bad("logit_bias", bias, "a number for each token id")
         for key, value in bias.items():
             _integer("logit_bias", key, 0)
-            _number("logit_bias", value, -_EXTREME, _EXTREME)
+            _number("logit_bias", value, -_LARGE, _LARGE)
         ids = () if self.stop_token_ids is None else self.stop_token_ids
         if not isinstance(ids, Sequence):
             raise _bad("stop_token_ids", ids, "a list of token ids")

@@ -65,7 +65,7 @@ class Driver:
         **options: str,
     ) -> None:
         self.folder = folder
-        engine_options = EngineOptions(state_dtype=state_dtype, **options)
+        engine_options = EngineOptions(**{"dtype": "float32", "state_dtype": state_dtype, **options})
         self.loaded: LoadedModel = load(
             folder, engine_options, overrides or {}, 0, lambda _line: None
         )

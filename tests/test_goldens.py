@@ -87,7 +87,7 @@ def test_recurrent_states_after_prefill(llm: LLM, name: str) -> None:
 def test_r005_decoding_goes_on_from_the_prefilled_state(name: str) -> None:
     """Prefill's state read by decode, 19 steps long: layout, decay and position all show."""
     arrays = golden(name)
-    loaded = load(GOLDEN / name, EngineOptions(), OVERRIDES, 0, print)
+    loaded = load(GOLDEN / name, EngineOptions(dtype="float32"), OVERRIDES, 0, print)
     spec = StateSpec(num_slots=3, num_pages=4, page_dtype="float32")
     graphdef, params = nnx.split(loaded.model)
     step = jax.jit(lambda params, state, layout: nnx.merge(graphdef, params)(state, layout)[1])
@@ -114,7 +114,7 @@ def test_r005_decoding_goes_on_from_the_prefilled_state(name: str) -> None:
 
 def test_router_choices_layer_by_layer(name: str) -> None:
     arrays = golden(name)
-    loaded = load(GOLDEN / name, EngineOptions(), OVERRIDES, 0, print)
+    loaded = load(GOLDEN / name, EngineOptions(dtype="float32"), OVERRIDES, 0, print)
     spec = StateSpec(num_slots=2, num_pages=3, page_dtype="float32")
     prompt = arrays["prompt_4"].tolist()
     layout = pack(

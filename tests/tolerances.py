@@ -25,4 +25,38 @@ TOLERANCES = {
     # Relative rms of the residual stream when q and k are rounded to bfloat16 once (2^-9), before
     # any expert flips: the first lightning layer.
     "bfloat16_rope": 1e-2,
+    # Relative: half of float32's last bit, and check values written to nine decimals.
+    "decay_table": 2e-7,
+    # Relative: one norm in float32, a sum of squares, a reciprocal root and two products.
+    "norm": 1e-6,
+    # Relative: float32 tables computed in float64, and goldens of nine digits.
+    "rope_frequencies": 2e-7,
+    # For each position: an angle is rounded to float32, half its last bit is 2^-24 of it, and
+    # the heads' channels are at most 4 large.
+    "rope_radians": 3e-7,
+    # cos and sin of an exact angle, and two products with channels at most 4 large, in float32.
+    "rope_cos_sin": 2e-6,
+    # Relative: float32 sums of at most 32 products, a sigmoid and a quotient.
+    "router_weights": 2e-6,
+    # Operators (checks.error: |got - want| over |want| + rms).
+    # float32 throughout, sums of up to 131 tokens; measured 1.4e-6.
+    "lightning": 5e-6,
+    # Numbers rounded to bfloat16 once: half of its last bit is 2^-8 of the number.
+    "bfloat16_rounding": 4e-3,
+    # A bfloat16 state rounded after each of 131 tokens by code that keeps it no wider in between:
+    # a random walk, 2^-8 / sqrt(3) * sqrt(131 / 2) * 4 standard deviations; measured 0.055.
+    "bfloat16_rounding_each_token": 0.075,
+    # A bfloat16 state rounded at a cut, at its end, and in the call it is compared with.
+    "bfloat16_cut": 1.2e-2,
+    # Steps of a random walk over 32,768 decode steps (the test has the formula); measured 1.0.
+    "drift": 3.0,
+    # float32 softmax over up to 701 tokens; measured 8e-7.
+    "attention": 5e-6,
+    # The same on bfloat16 pages: weights and result are rounded, 2^-8 each; measured 6e-3.
+    "attention_bfloat16": 1e-2,
+    # float32 products of 11 and 5 terms, 3 experts; measured 1.4e-6.
+    "experts": 5e-6,
+    # Result and hidden numbers rounded: 2^-8 + 4 deviations of 2^-8 / sqrt(3); measured 1.1e-2.
+    "experts_bfloat16": 1.6e-2,
+    # End of operators.
 }

@@ -29,7 +29,7 @@ class Ledgers(RuleBasedStateMachine):
     @rule(owner=OWNERS)
     def take_a_slot(self, owner: int) -> None:
         if owner in self.slot_of or len(self.slot_of) == NUM_SLOTS:
-            with pytest.raises(ValueError, match="already has a slot|are taken"):
+            with pytest.raises(ValueError, match=r"already has a slot|are taken"):
                 self.slots.allocate(owner)
             return
         handle = self.slots.allocate(owner)
@@ -42,7 +42,7 @@ class Ledgers(RuleBasedStateMachine):
         count = -(-num_tokens // PAGE_SIZE)
         free = NUM_PAGES - sum(len(held.pages) for held in self.pages_of.values())
         if owner in self.pages_of or count > free:
-            with pytest.raises(ValueError, match="already has pages|pages wanted"):
+            with pytest.raises(ValueError, match=r"already has pages|pages wanted"):
                 self.pages.allocate(owner, num_tokens)
             return
         handle = self.pages.allocate(owner, num_tokens)
