@@ -11,7 +11,7 @@ prefill rows beyond `cu_seqlens[-1]` belong to nobody.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,6 +38,9 @@ class Region(NamedTuple):
     context_lengths: jax.Array
     cu_seqlens: jax.Array | None
     is_fresh: jax.Array | None
+
+
+RunRegion = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -106,6 +109,30 @@ class BatchLayout:
             self.cu_seqlens,
             self.is_fresh,
         )
+
+    def by_region(
+        self, run: RunRegion, state: jax.Array, *arrays: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Run an operator on the decode rows and on the prefill rows, each with its own places.
+
+        Args:
+            run: (region, state, *rows) -> (y [rows, ...], state).
+            state: what both regions read and write, in slots or pages that differ.
+            arrays: each [D + T, ...].
+
+        Returns:
+            y [D + T, ...] and the state. A region of static size 0 is not run.
+        """
+        outputs = []
+        for rows, region in (
+            (self.decode_rows, self.decode_region()),
+            (self.prefill_rows, self.prefill_region()),
+        ):
+            parts = [rows(x) for x in arrays]
+            if parts[0].shape[0]:
+                y, state = run(region, state, *parts)
+                outputs.append(y)
+        return (self.join(*outputs) if len(outputs) == 2 else outputs[0]), state
 
     def exists(self) -> jax.Array:
         """bool [D + T]: rows that are somebody's token."""

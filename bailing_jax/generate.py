@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog="python -m bailing_jax.generate",
+        usage="%(prog)s --model DIR|NAME (-p TEXT | --prompt-ids IDS) [options]",
         description="Generate text with a Ling or Ring model.",
     )
     model = p.add_argument_group("model")

@@ -46,23 +46,19 @@ class GqaAttention(nnx.Module):
         dtype = jnp.dtype(self.options.rotated_dtype)
         q = rotate_half_split(q, layout.positions, config.rope, dtype)
         k = rotate_half_split(k, layout.positions, config.rope, dtype)
-        outputs = []
-        for rows, region in (
-            (layout.decode_rows, layout.decode_region()),
-            (layout.prefill_rows, layout.prefill_region()),
-        ):
-            o = rows(v)
-            if o.shape[0]:
-                o, pages = paged_attention(
-                    rows(q),
-                    rows(k),
-                    o,
-                    pages,
-                    page_table=region.page_table,
-                    context_lengths=region.context_lengths,
-                    cu_seqlens=region.cu_seqlens,
-                    scale=config.head_dim**-0.5,
-                    implementation=self.options.kernels,
-                )
-            outputs.append(o.reshape(o.shape[0], heads * config.head_dim))
-        return self.dense(layout.join(*outputs).astype(x.dtype)), pages
+
+        def attend(region, pages, q, k, v):
+            return paged_attention(
+                q,
+                k,
+                v,
+                pages,
+                page_table=region.page_table,
+                context_lengths=region.context_lengths,
+                cu_seqlens=region.cu_seqlens,
+                scale=config.head_dim**-0.5,
+                implementation=self.options.kernels,
+            )
+
+        o, pages = layout.by_region(attend, pages, q, k, v)
+        return self.dense(o.astype(x.dtype).reshape(x.shape[0], -1)), pages

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bailing_jax.batch import BatchLayout
+from bailing_jax.batch import BatchLayout, Region
 from bailing_jax.config import Lightning
 from bailing_jax.layers.declare import Scope
 from bailing_jax.layers.linear import Linear
@@ -44,7 +44,11 @@ class LightningAttention(nnx.Module):
         self, x: jax.Array, state: jax.Array, layout: BatchLayout, log_decay: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         q, k, v = self._project(x, layout.positions)
-        o, state = self._recur(q, k, v, state, layout, log_decay)
+
+        def recur(region, state, q, k, v):
+            return self._recur(region, state, q, k, v, log_decay)
+
+        o, state = layout.by_region(recur, state, q, k, v)
         gate = jax.nn.sigmoid(self.g_proj(x).astype(jnp.float32)).astype(x.dtype)
         o = self.g_norm(o.astype(x.dtype).reshape(x.shape[0], -1)) * gate
         return self.dense(o), state
@@ -67,36 +71,27 @@ class LightningAttention(nnx.Module):
 
     def _recur(
         self,
+        region: Region,
+        state: jax.Array,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        state: jax.Array,
-        layout: BatchLayout,
         log_decay: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Each region with its own slots; a region without rows is not computed."""
-        scale = self.config.head_dim**-0.5
-        kernels = self.options.kernels
-        outputs = []
-        for rows, region in (
-            (layout.decode_rows, layout.decode_region()),
-            (layout.prefill_rows, layout.prefill_region()),
-        ):
-            part = (rows(q), rows(k), rows(v), log_decay, state)
-            if part[0].shape[0] == 0:
-                o = part[2]
-            elif region.cu_seqlens is None or region.is_fresh is None:
-                o, state = lightning_decode(
-                    *part, slots=region.slots, scale=scale, implementation=kernels
-                )
-            else:
-                o, state = lightning_prefill(
-                    *part,
-                    slots=region.slots,
-                    cu_seqlens=region.cu_seqlens,
-                    is_fresh=region.is_fresh,
-                    scale=scale,
-                    implementation=kernels,
-                )
-            outputs.append(o)
-        return layout.join(*outputs), state
+        scale, kernels = self.config.head_dim**-0.5, self.options.kernels
+        if region.cu_seqlens is None or region.is_fresh is None:
+            return lightning_decode(
+                q, k, v, log_decay, state, slots=region.slots, scale=scale, implementation=kernels
+            )
+        return lightning_prefill(
+            q,
+            k,
+            v,
+            log_decay,
+            state,
+            slots=region.slots,
+            cu_seqlens=region.cu_seqlens,
+            is_fresh=region.is_fresh,
+            scale=scale,
+            implementation=kernels,
+        )

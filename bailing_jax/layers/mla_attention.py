@@ -61,26 +61,22 @@ class MlaAttention(nnx.Module):
         q = self._queries(x, layout.positions)
         latents = self._latents(x, layout.positions)
         scale = (config.nope_dim + config.rope_dim) ** -0.5 * mla_score_factor(config.rope)
-        outputs = []
-        for rows, region in (
-            (layout.decode_rows, layout.decode_region()),
-            (layout.prefill_rows, layout.prefill_region()),
-        ):
-            o = rows(q)[..., : config.kv_lora_rank]
-            if o.shape[0]:
-                o, pages = latent_attention(
-                    rows(q),
-                    rows(latents),
-                    pages,
-                    value_dim=config.kv_lora_rank,
-                    page_table=region.page_table,
-                    context_lengths=region.context_lengths,
-                    cu_seqlens=region.cu_seqlens,
-                    scale=scale,
-                    implementation=self.options.kernels,
-                )
-            outputs.append(o)
-        o = layout.join(*outputs).astype(x.dtype)
+
+        def attend(region, pages, q, latents):
+            return latent_attention(
+                q,
+                latents,
+                pages,
+                value_dim=config.kv_lora_rank,
+                page_table=region.page_table,
+                context_lengths=region.context_lengths,
+                cu_seqlens=region.cu_seqlens,
+                scale=scale,
+                implementation=self.options.kernels,
+            )
+
+        o, pages = layout.by_region(attend, pages, q, latents)
+        o = o.astype(x.dtype)
         o = einsum("tnr,nrj->tnj", o, self.kv_b_proj.value_weight[...]).astype(x.dtype)
         return self.dense(o.reshape(x.shape[0], -1)), pages
 
