@@ -79,12 +79,16 @@ def choose(operator: str, implementation: str, *args: object, **kwargs: object) 
             continue
         reason = registered[name].supports(*args, **kwargs)
         if reason is None:
-            _log_choice(operator, name, platform)
+            _log_choice(operator, name, platform, "; ".join(reasons))
             return registered[name].run
         reasons.append(f"{name}: {reason}")
     raise ValueError(f"{operator}: nothing can run on {platform}: {'; '.join(reasons)}")
 
 
 @functools.cache
-def _log_choice(operator: str, name: str, platform: str) -> None:
-    logger.info("%s: %s on %s", operator, name, platform)
+def _log_choice(operator: str, name: str, platform: str, reasons: str) -> None:
+    """One line a choice and reason; a warning when another was preferred and can't run."""
+    if reasons:
+        logger.warning("%s: %s on %s, because %s", operator, name, platform, reasons)
+    else:
+        logger.info("%s: %s on %s", operator, name, platform)

@@ -16,8 +16,8 @@ def bits(x: jax.Array | np.ndarray) -> np.ndarray:
 def poison(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """NaN everywhere, each with its own sign and payload, so that a rewritten one shows.
 
-    bfloat16 ones differ in sign only: on a CPU, XLA updates a bfloat16 array by way of float32
-    and keeps no payload.
+    bfloat16 ones differ in sign only: on a CPU, jaxlib 0.10 updates a bfloat16 array by way of
+    float32 and keeps no payload.
     """
     if np.dtype(dtype).itemsize == 2:
         return (rng.integers(0, 2, shape) << 15 | 0x7FC0).astype(np.uint16).view(dtype)

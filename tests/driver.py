@@ -62,10 +62,9 @@ class Driver:
         *,
         overrides: dict[str, object] | None = None,
         state_dtype: str = "float32",
-        **options: str,
     ) -> None:
         self.folder = folder
-        engine_options = EngineOptions(**{"dtype": "float32", "state_dtype": state_dtype, **options})
+        engine_options = EngineOptions(dtype="float32", state_dtype=state_dtype)
         self.loaded: LoadedModel = load(
             folder, engine_options, overrides or {}, 0, lambda _line: None
         )

@@ -86,6 +86,16 @@ def test_a_stream_gives_the_same_answer_one_piece_a_token(llm: LLM) -> None:
     assert [piece.finish_reason for piece in pieces] == [None] * 29 + ["length"]
 
 
+def test_the_text_of_an_answer_is_that_of_its_tokens(llm: LLM) -> None:
+    """Also where it ends inside a character, as random tokens do."""
+    assert llm.tokenizer is not None
+    params = SamplingParams(max_tokens=9, temperature=1.5, seed=0, n=20, ignore_eos=True)
+    outputs = llm.generate("hello", params)[0].outputs
+    for output in outputs:
+        assert output.text == llm.tokenizer.decode(output.token_ids)
+    assert any((output.text or "").endswith("\ufffd") for output in outputs)
+
+
 @pytest.mark.parametrize("taken", [0, 1, 2, 5])
 def test_r024_closing_a_stream_early_frees_its_place(llm: LLM, taken: int) -> None:
     """Also one that waits in the queue, and one half through its prompt."""
@@ -139,6 +149,27 @@ def test_r085_an_interrupted_call_leaves_no_ghosts(
     assert llm.generate([9, 9], greedy(5)) == [want]
     with pytest.raises(RuntimeError, match="an error in another call ended this stream"):
         list(open_stream)
+
+
+def test_r085_an_interruption_between_steps_spares_the_open_stream(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = greedy(30, ignore_eos=True)
+    want = list(llm.stream([4], params))
+    open_stream = llm.stream([4], params)
+    pieces = [next(open_stream)]
+    run = llm._engine.step
+
+    def interrupted() -> None:
+        run()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([[1] * 20] * 5, greedy(20))
+    assert llm._engine._scheduler.slots.num_free == NUM_SEQS - 1
+    assert pieces + list(open_stream) == want
 
 
 def test_a_stream_is_checked_before_it_is_read(llm: LLM) -> None:

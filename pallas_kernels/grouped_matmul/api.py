@@ -43,6 +43,8 @@ def expert_mlp(
         ValueError: shapes do not fit, or no implementation can run.
     """
     rows, d = x.shape
+    if not rows:
+        raise ValueError("no rows: leave the call out")
     experts, _, f = gate.shape
     if gate.shape != (experts, d, f) or up.shape != gate.shape or down.shape != (experts, f, d):
         raise ValueError(f"x {x.shape}, gate {gate.shape}, up {up.shape}, down {down.shape}")

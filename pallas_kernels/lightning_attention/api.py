@@ -61,6 +61,8 @@ def lightning_prefill(
     """
     _check(q, k, v, log_decay, state)
     segments = slots.shape[0]
+    if not segments:
+        raise ValueError("no segments: leave the call out")
     if cu_seqlens.shape != (segments + 1,) or is_fresh.shape != (segments,):
         raise ValueError(
             f"{segments} slots need cu_seqlens [{segments + 1}] and is_fresh [{segments}], got "
@@ -120,6 +122,8 @@ def _check(
 ) -> None:
     rows, heads, key_dim = q.shape
     value_dim = v.shape[-1]
+    if not rows:
+        raise ValueError("no rows: leave the call out")
     if k.shape != q.shape or v.shape != (rows, heads, value_dim):
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: want [T,N,K] twice and [T,N,V]")
     if log_decay.shape != (heads,) or log_decay.dtype != jnp.float32:

@@ -2,7 +2,8 @@
 
     S_t = exp(g) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
 
-Rows beyond the segments give zero, segments without rows and slot 0 leave the state alone.
+The state is rounded to the pool's dtype once, at the end of a segment. Rows beyond the segments
+give zero; segments without rows and slot 0 leave the state alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from pallas_kernels.compat import einsum
 
 def lightning_prefill(q, k, v, log_decay, state, *, slots, cu_seqlens, is_fresh, scale, **_):
     """See `api.lightning_prefill`."""
-    decay = jnp.exp(log_decay)[:, None, None]
 
     def token(state, row):
         segment = jnp.searchsorted(cu_seqlens[1:], row, side="right")
@@ -24,13 +24,16 @@ def lightning_prefill(q, k, v, log_decay, state, *, slots, cu_seqlens, is_fresh,
         slot = slots[segment]
         exists &= slot != 0
         starts = is_fresh[segment] & (row == cu_seqlens[segment])
-        old = jnp.where(starts, 0, state[slot].astype(jnp.float32))
-        new, o = _token(old, q[row], k[row], v[row], decay, scale)
-        state = state.at[slot].set(jnp.where(exists, new.astype(state.dtype), state[slot]))
+        old = jnp.where(starts, 0, state[slot])
+        # exp(g) S as S + (exp(g) - 1) S: a slow head's exp(g) would err the same way every token.
+        new = old + jnp.expm1(log_decay)[:, None, None] * old + einsum("nk,nv->nkv", k[row], v[row])
+        o = scale * einsum("nkv,nk->nv", new, q[row].astype(jnp.float32))
+        state = state.at[slot].set(jnp.where(exists, new, state[slot]))
         return state, jnp.where(exists, o, 0).astype(v.dtype)
 
-    state, o = jax.lax.scan(token, state, jnp.arange(q.shape[0]))
-    return o, state
+    wide, o = jax.lax.scan(token, state.astype(jnp.float32), jnp.arange(q.shape[0]))
+    runs = ((cu_seqlens[1:] > cu_seqlens[:-1]) & (slots != 0))[:, None, None, None]
+    return o, state.at[slots].set(jnp.where(runs, wide[slots].astype(state.dtype), state[slots]))
 
 
 def lightning_decode(q, k, v, log_decay, state, *, slots, scale):
@@ -41,7 +44,3 @@ def lightning_decode(q, k, v, log_decay, state, *, slots, scale):
         is_fresh=jnp.zeros(batch, bool), scale=scale,
     )  # fmt: skip
 
-
-def _token(state, q, k, v, decay, scale):
-    new = decay * state + einsum("nk,nv->nkv", k, v)
-    return new, scale * einsum("nkv,nk->nv", new, q.astype(jnp.float32))

@@ -108,7 +108,9 @@ def lightning_decode(
     """See `api.lightning_decode`."""
     old = state[slots]
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
-    new = jnp.exp(log_decay)[:, None, None] * old.astype(jnp.float32)
+    before = old.astype(jnp.float32)
+    # exp(g) S as S + (exp(g) - 1) S: a slow head's exp(g) would err the same way every token.
+    new = before + jnp.expm1(log_decay)[:, None, None] * before
     new = new + wide[1][..., :, None] * wide[2][..., None, :]
     o = scale * einsum("bnkv,bnk->bnv", new, wide[0])
     runs = slots != 0

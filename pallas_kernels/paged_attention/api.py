@@ -70,6 +70,8 @@ def check_sequences(
 ) -> None:
     """Raise ValueError unless the sequence arrays of a paged operator agree."""
     batch = page_table.shape[0]
+    if not rows or not batch:
+        raise ValueError(f"{rows} rows of {batch} sequences: leave the call out")
     fits = context_lengths.shape == (batch,) and (
         batch == rows if cu_seqlens is None else cu_seqlens.shape == (batch + 1,)
     )

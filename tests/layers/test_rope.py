@@ -85,6 +85,29 @@ def test_r009_frequencies_use_the_rotated_channels_not_the_head() -> None:
     np.testing.assert_allclose(got, [1, 1e4 ** (-1 / 3), 1e4 ** (-2 / 3)], rtol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("theta", "changes", "ramp"),
+    [
+        # low = floor(-3.7) is cut to 0; high = ceil(5.4) = 6 lies beyond the last pair, which
+        # therefore is not divided by all of the factor.
+        (
+            1e4,
+            {"original_max_positions": 131072, "beta_fast": 2e7},
+            [j / 6 for j in range(5)],
+        ),
+        # low = floor(2.2); high = ceil(10.5) is cut to r - 1 = 9.
+        (100.0, {"original_max_positions": 100_000, "beta_fast": 2e3}, [0, 0, 0, 1 / 7, 2 / 7]),
+    ],
+)
+def test_the_ramp_is_cut_at_the_first_and_the_last_channel(
+    theta: float, changes: dict[str, float], ramp: list[float]
+) -> None:
+    got = inverse_frequencies(Rope(theta, 10, yarn(**changes)))
+    share = got / inverse_frequencies(Rope(theta, 10, None))
+    want = 1 - 0.75 * np.array(ramp)
+    np.testing.assert_allclose(share, want, rtol=TOLERANCES["rope_frequencies"])
+
+
 def test_a_ramp_of_no_length_is_a_step() -> None:
     """Over six positions no channel turns often enough: low and high are both 0."""
     rope = Rope(1e4, 8, yarn(original_max_positions=6))

@@ -203,7 +203,7 @@ def test_a_donated_pool_is_updated_in_place(name, implementation, dtype):
 def test_a_pool_is_not_copied(name):
     """Temporary memory is for the call's rows, whatever the pool holds.
 
-    For float32: on a CPU, XLA updates a bfloat16 pool by way of a float32 copy.
+    For float32: on a CPU, jaxlib 0.10 updates a bfloat16 pool by way of a float32 copy.
     """
     analysis, size = memory(name, "xla", "float32")
     assert analysis.temp_size_in_bytes < size / 2

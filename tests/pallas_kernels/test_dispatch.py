@@ -121,11 +121,15 @@ def test_the_call_is_shown_to_supports(operator):
     assert seen == [((1, 2), {"size": 3}), ((4,), {})]
 
 
-def test_auto_logs_a_choice_once(operator, monkeypatch, caplog):
+def test_auto_logs_a_choice_and_its_reason_once(operator, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="pallas_kernels.dispatch")
     on(monkeypatch, "gpu")
     dispatch.register(operator, "xla", named("xla"))
     dispatch.register(operator, "gpu", named("gpu"), only_even)
     for n in (2, 4, 3, 2, 5):
         dispatch.choose(operator, "auto", n)
-    assert [r.getMessage() for r in caplog.records] == ["probe: gpu on gpu", "probe: xla on gpu"]
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", "probe: gpu on gpu"),
+        ("WARNING", "probe: xla on gpu, because gpu: 3 is odd"),
+        ("WARNING", "probe: xla on gpu, because gpu: 5 is odd"),
+    ]

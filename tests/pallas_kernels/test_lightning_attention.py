@@ -41,7 +41,6 @@ def compare(
     segments: list[Segment],
     o: np.ndarray,
     after: np.ndarray,
-    state_tolerance: str | None = None,
 ) -> None:
     """Every row and every slot of a call against the fold."""
     want_o, want_states = fold(rows, before, segments)
@@ -50,14 +49,9 @@ def compare(
     real[: len(owner)] = owner != 0
     assert (o[~real] == 0).all()
     rounding = {"float32": "lightning", "bfloat16": "bfloat16_rounding"}
-    output_tolerance = rounding[o.dtype.name]
-    # The reference rounds the state after every token, and the outputs read the rounded one.
-    if state_tolerance == "bfloat16_rounding_each_token":
-        output_tolerance = state_tolerance
-    assert_close(o[real], want_o[real], output_tolerance, head_axis=1)
-    tolerance = state_tolerance or rounding[after.dtype.name]
+    assert_close(o[real], want_o[real], rounding[o.dtype.name], head_axis=1)
     for slot, want in want_states.items():
-        assert_close(after[slot], want, tolerance, head_axis=0)
+        assert_close(after[slot], want, rounding[after.dtype.name], head_axis=0)
     others = [slot for slot in range(S) if slot not in want_states]
     assert_same_bits(after[others], before[others])
 
@@ -85,8 +79,7 @@ def test_r002_r005_r045_prefill_is_the_fold(rng, implementation, chunk, state_dt
     )
     assert o.dtype == rows.v.dtype
     assert after.dtype == before.dtype
-    each = implementation == "reference" and state_dtype == "bfloat16"
-    compare(rows, before, segments, o, after, "bfloat16_rounding_each_token" if each else None)
+    compare(rows, before, segments, o, after)
 
 
 @pytest.mark.parametrize("chunk", [4, 16])
@@ -193,9 +186,7 @@ def test_r036_r037_decode_is_one_step_of_the_fold(rng, implementation, state_dty
     rows = spoil_pads(rng, Rows.random(rng, len(slots), dtype), segments)
     o, after = decode(implementation, rows, before, slots)
     assert o.dtype == rows.v.dtype
-    # One token: the reference rounds as often as the others.
-    each = implementation == "reference" and state_dtype == "bfloat16"
-    compare(rows, before, segments, o, after, "bfloat16_rounding" if each else None)
+    compare(rows, before, segments, o, after)
 
 
 def test_r035_decode_of_pads_alone_changes_nothing(rng, implementation):
