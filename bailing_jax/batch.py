@@ -223,6 +223,8 @@ def _check(
         if len(set(used)) != len(used) or any(i <= 0 for i in used):
             raise ValueError(f"{kind}s of a step must be distinct and not NULL: {sorted(used)}")
     for row in rows:
+        if row.context < 0:
+            raise ValueError(f"slot {row.slot}: context {row.context} < 0")
         have, need = len(row.pages), -(-(row.context + len(row.tokens)) // page_size)
         if not need <= have <= width:
             raise ValueError(f"slot {row.slot}: {have} pages, needs {need}, at most {width}")

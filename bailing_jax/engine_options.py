@@ -30,7 +30,8 @@ class EngineOptions:
     """Everything but the model itself. None takes the default.
 
     Attributes:
-        dtype: of weights and activations; None: float32 on a CPU, else the checkpoint's.
+        dtype: of weights and activations; None: float32 on a CPU, else the checkpoint's (bfloat16
+            for a float16 one).
         state_dtype: of the recurrent state.
         rope_dtype: of q and k after RoPE; None: as `dtype`.
         max_num_seqs: sequences that run at once.

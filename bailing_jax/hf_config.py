@@ -162,7 +162,11 @@ def _refuse_unsupported(fields: Fields, name: str) -> None:
         "value_norm",
     ):
         fields.fixed(key, (False,))
-    fields.fixed("sliding_window", ())
+    # A width beside `use_sliding_window: false` is a leftover of the exporter.
+    if fields.boolean("use_sliding_window", True):
+        fields.fixed("sliding_window", ())
+    else:
+        fields.ignored(("sliding_window",))
 
 
 def _dense_width(fields: Fields, num_dense: int) -> int:

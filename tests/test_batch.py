@@ -156,6 +156,7 @@ REFUSED: dict[str, tuple[list[Row], list[Row], str]] = {
     "too few pages for a segment": ([], [row([1] * 6, 2, pages=1)], "1 pages, needs 2"),
     "a table too narrow": ([row([1], 2, context=3, pages=7)], [], "7 pages, needs 1, at most 6"),
     "decode without state": ([row([1], 2, context=0)], [], "got context 0 and 1 tokens"),
+    "negative context": ([], [row([1] * 3, 2, context=-2)], "context -2 < 0"),
     "decode of two tokens": ([row([1, 2], 2, context=3)], [], "got context 3 and 2 tokens"),
     "decode of no token": ([row([], 2, context=3)], [], "got context 3 and 0 tokens"),
     "too many decode rows": ([row([1], i, context=3) for i in range(1, 6)], [], "5 decode rows"),

@@ -337,6 +337,11 @@ def test_wrong_values_inside_a_rope_block_are_named(
     assert said in refused(changed(V2, **{place: block})).message
 
 
+def test_the_width_of_a_window_that_is_off_is_ignored() -> None:
+    off = changed(V2, sliding_window=4096, use_sliding_window=False)
+    assert ModelConfig.from_hf(off) == ModelConfig.from_hf(changed(V2))
+
+
 def test_two_rope_blocks_must_agree() -> None:
     yarn = {"type": "yarn", "factor": 4.0}
     both = {"rope_scaling": yarn, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}}

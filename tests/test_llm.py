@@ -11,7 +11,9 @@ from tiny_models import EOS_ID, MODEL_LEN, VOCAB_SIZE, greedy, is_idle, latent_l
 from tolerances import TOLERANCES
 
 from bailing_jax import LLM, RequestOutput, SamplingParams
+from bailing_jax.engine.stop import StopMatcher
 from bailing_jax.errors import EXIT_USAGE, UserError
+from bailing_jax.request import Answer
 
 BOUND = TOLERANCES["law_logits"]
 
@@ -270,6 +272,16 @@ def test_stop_ids_stop_also_where_end_ids_are_ignored(llm: LLM) -> None:
             [the],
             "stop",
         )
+
+
+def test_a_stop_id_inside_a_character_hides_only_its_own_text(llm: LLM) -> None:
+    """The byte before it can no longer become a character, and is shown as what it is."""
+    assert llm.tokenizer is not None
+    the = token(llm, "Ġthe")
+    answer = Answer(0, StopMatcher((), [the], False, (), 9), llm.tokenizer.stream())
+    assert answer.push(token(llm, "â"), None).text == ""
+    assert answer.push(the, None).text == "\ufffd"
+    assert answer.output().text == "\ufffd"
 
 
 @pytest.mark.parametrize(
