@@ -123,7 +123,7 @@ def _load_folder(
     generation = folder / "generation_config.json"
     generation_config = read_json(generation, "generation_config") if generation.exists() else {}
     runtime_options, limits, spec = _checked(config, options, report)
-    report(f"reading {plan.num_bytes / 1e9:.2f} GB from {folder}")
+    report(f"reading {plan.num_bytes / 1e6:,.1f} MB from {folder}")
     return LoadedModel(
         config=config,
         runtime=runtime_options,

@@ -21,7 +21,7 @@ class SamplingParams:
     Attributes:
         max_tokens: the most tokens to generate.
         temperature: 0 is greedy.
-        top_k: keep the k best tokens; 0 keeps all.
+        top_k: keep the k best tokens; 0 or -1 keeps all.
         top_p: keep the smallest set of best tokens with this probability.
         min_p: keep tokens at least this fraction as probable as the best.
         repetition_penalty: divides positive and multiplies negative logits of tokens that have
@@ -54,9 +54,13 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _integer("max_tokens", self.max_tokens, 1)
         _integer("n", self.n, 1, MAX_COMPLETIONS)
-        for name, high in (("top_k", 2**31 - 1), ("logprobs", MAX_LOGPROBS), ("seed", 2**64 - 1)):
+        for name, low, high in (
+            ("top_k", -1, 2**31 - 1),
+            ("logprobs", 0, MAX_LOGPROBS),
+            ("seed", 0, 2**64 - 1),
+        ):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, high)
+                _integer(name, getattr(self, name), low, high)
         _number("temperature", self.temperature, 0, math.inf)
         _number("top_p", self.top_p, 0, 1, open_low=True)
         _number("min_p", self.min_p, 0, 1)

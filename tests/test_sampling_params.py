@@ -17,7 +17,7 @@ BAD: list[tuple[str, Any, str]] = [
     *(("max_tokens", v, "an integer from 1") for v in (0, -1, 2**31, 1.0, True, "5", None)),
     *(("n", v, "an integer from 1 to 64") for v in (0, 65, 1.0, False, "1", None)),
     *(("temperature", v, "a number >= 0") for v in (-0.1, NAN, INF, "0.7", True, [1.0])),
-    *(("top_k", v, "an integer from 0") for v in (-1, 2**31, 40.0, True, "40")),
+    *(("top_k", v, "an integer from -1") for v in (-2, 2**31, 40.0, True, "40")),
     *(("top_p", v, "a number > 0 and <= 1") for v in (0, 0.0, -0.5, 1.001, NAN, "0.9", True)),
     *(("min_p", v, "a number >= 0 and <= 1") for v in (-0.001, 1.5, NAN, "0", False)),
     *(
@@ -56,7 +56,7 @@ def test_every_field_has_values_it_refuses() -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"max_tokens": 1, "n": 1, "seed": 0, "logprobs": 0, "top_k": 0, "temperature": 0},
+        {"max_tokens": 1, "n": 1, "seed": 0, "logprobs": 0, "top_k": -1, "temperature": 0},
         {"max_tokens": 2**31 - 1, "n": 64, "seed": 2**64 - 1, "logprobs": 20},
         {"temperature": 1e300, "top_p": 1, "min_p": 1, "repetition_penalty": 1e30},
         {"top_p": 1e-300, "min_p": 0, "repetition_penalty": 1e-30, "top_k": 2**31 - 1},
