@@ -142,6 +142,8 @@ def _generate(
             "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(pieces)},
             "stats": stats.figures(),
         }
+        if pieces[0].logprobs is not None:
+            answer["logprobs"] = [p.logprobs for p in pieces]
         print(json.dumps(answer, ensure_ascii=False), flush=True)
     else:
         print(flush=True)

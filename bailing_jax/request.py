@@ -20,11 +20,13 @@ class StreamPiece:
             None without a tokenizer.
         token_id: the token.
         finish_reason: why the answer ends here, else None.
+        logprobs: {token id: log probability} where asked for, else None.
     """
 
     text: str | None
     token_id: int
     finish_reason: FinishReason | None
+    logprobs: dict[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,8 @@ class Answer:
         if self._stream is not None and result.finish_reason is not None:
             text += self._stop.flush(self._stream.flush())
         self._pieces.append(text)
-        return StreamPiece(
-            None if self._stream is None else text, token_id, result.finish_reason
-        )
+        shown = None if self._stream is None else text
+        return StreamPiece(shown, token_id, result.finish_reason, logprobs)
 
     def output(self) -> CompletionOutput:
         """The answer so far."""

@@ -117,8 +117,12 @@ def test_without_a_tokenizer_ids_go_in_and_out(bare: Path, environment: dict[str
     ids = [int(word) for word in text.split()]
     assert text == "".join(f"{i} " for i in ids) + "\n"
     assert len(ids) == 6
-    answer = json.loads(run(environment, *args, "-n", 1, "--json").stdout)
+    rare = ("--sampling", '{"logprobs": 2}')
+    answer = json.loads(run(environment, *args, "-n", 1, *rare, "--json").stdout)
     assert (answer["token_ids"], answer["text"]) == (ids[:1], None)
+    (entry,) = answer["logprobs"]
+    assert str(ids[0]) in entry
+    assert max(entry.values()) < 0
     assert answer["stats"]["decode_tokens_per_s"] is None
 
 
