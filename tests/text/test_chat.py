@@ -16,7 +16,7 @@ from tiny_tokenizer import SPECIAL_TOKENS, V2_TEMPLATE, write_tiny_tokenizer
 
 import bailing_jax
 from bailing_jax.errors import UserError
-from bailing_jax.text import chat
+from bailing_jax.text import renderer
 from bailing_jax.text.chat import ChatTemplate, load_chat_template
 from bailing_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -309,21 +309,21 @@ def test_a_template_serves_on_after_an_error_a_kill_and_an_interrupt(
     with pytest.raises(UserError, match="division by zero"):
         served.render(USER, template_args={"x": "a"})
     assert served.render(USER) == "ok"
-    assert served._child is not None
-    served._child.kill()
-    served._child.wait()
+    assert served._renderer._child is not None
+    served._renderer._child.kill()
+    served._renderer._child.wait()
     assert served.render(USER) == "ok"
 
-    exchange = chat._exchange
+    exchange = renderer._exchange
 
     def interrupted(child: subprocess.Popen[bytes], request: bytes) -> bytes:
         child.stdin.write(request)  # type: ignore[union-attr]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat, "_exchange", interrupted)
+    monkeypatch.setattr(renderer, "_exchange", interrupted)
     with pytest.raises(KeyboardInterrupt):
         served.render(USER, template_args={"x": "a"})
-    monkeypatch.setattr(chat, "_exchange", exchange)
+    monkeypatch.setattr(renderer, "_exchange", exchange)
     assert served.render(USER) == "ok"
 
 
@@ -348,7 +348,7 @@ def test_threads_share_a_template() -> None:
 def test_the_child_ends_with_its_template() -> None:
     short_lived = template_of(V2_TEMPLATE)
     short_lived.render(USER)
-    child = short_lived._child
+    child = short_lived._renderer._child
     assert child is not None
     del short_lived
     assert child.wait(timeout=5) == 0
@@ -357,7 +357,7 @@ def test_the_child_ends_with_its_template() -> None:
 def test_one_place_makes_jinja_environments() -> None:
     sources = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
     made = {path.name: text.count("Environment(") for path, text in sources.items()}
-    assert {name: count for name, count in made.items() if count} == {"chat.py": 1}
+    assert {name: count for name, count in made.items() if count} == {"renderer.py": 1}
     assert not any("jinja2.Template(" in text for text in sources.values())
 
 

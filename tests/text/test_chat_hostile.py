@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bailing_jax.errors import UserError
-from bailing_jax.text import chat
+from bailing_jax.text import renderer
 from bailing_jax.text.chat import ChatTemplate
 
 USER = [{"role": "user", "content": "hello"}]
@@ -66,7 +66,7 @@ def test_escapes_from_the_sandbox_are_refused(payload: str, canary: Path) -> Non
     # The function that the child runs, without the cost of a child for each payload.
     source = payload.replace("CANARY", str(canary))
     request = json.dumps({"messages": USER}).encode()
-    answer = chat._answer(lambda: chat._environment().from_string(source), {}, request)
+    answer = renderer._answer(lambda: renderer._environment().from_string(source), {}, request)
     # Some are refused without an error: the sandbox makes what they reach for undefined.
     assert "error" in answer or answer["text"] in ("", "[Undefined]"), answer
     assert not canary.exists()
