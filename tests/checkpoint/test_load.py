@@ -251,7 +251,7 @@ def test_what_is_in_force_is_reported(tmp_path: Path) -> None:
     text = "\n".join(lines)
     assert "decay layer offset 1" in text
     assert re.search(r"not used: \d+ tensors, MTP", text)
-    assert f"GB from {tmp_path}" in text
+    assert f"MB from {tmp_path}" in text
 
 
 # ---- memory
