@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compat import einsum
-from pallas_kernels.tiles import put_rows, take_rows, tile_segments
+from pallas_kernels.tiles import put_rows, segment_of, take_rows, tile_segments
 
 BLOCK_TOKENS = 256
 QUERY_TILE = 64
@@ -60,9 +60,7 @@ def _locate(
     row = jnp.arange(num_rows, dtype=jnp.int32)
     if cu_seqlens is None:
         return row, jnp.zeros_like(row), page_table[:, 0] != 0
-    sequence = jnp.searchsorted(cu_seqlens[1:], row, side="right").astype(jnp.int32)
-    inside = sequence < page_table.shape[0]
-    sequence = jnp.minimum(sequence, page_table.shape[0] - 1)
+    sequence, inside = segment_of(row, cu_seqlens[1:])
     return sequence, row - cu_seqlens[sequence], inside & (page_table[sequence, 0] != 0)
 
 
@@ -103,7 +101,7 @@ def attend(
     lengths = jnp.where(exists, first + tiles.length, 0)
     o = _attend_tiles(take_rows(q, tiles), pages, split, table, lengths, first, scale)
     o = jnp.where(exists[:, None, None, None, None], o, 0)
-    return put_rows(o, tiles, q.shape[0])
+    return put_rows(o, tiles)
 
 
 def _attend_tiles(

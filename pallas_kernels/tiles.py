@@ -23,6 +23,9 @@ class Tiles(NamedTuple):
         length: int32 [n], the number of valid rows; 0 for unused tiles.
         is_first: bool [n], whether the tile opens its segment.
         last_tile: int32 [segments], each segment's last tile (clipped; empty segments have none).
+        row_segment: int32 [T], the segment a packed row lies in, clipped.
+        row_exists: bool [T], whether it lies in any.
+        row_place: int32 [T], where it stands among all tile rows, n * size of them.
     """
 
     segment: jax.Array
@@ -31,6 +34,9 @@ class Tiles(NamedTuple):
     length: jax.Array
     is_first: jax.Array
     last_tile: jax.Array
+    row_segment: jax.Array
+    row_exists: jax.Array
+    row_place: jax.Array
 
 
 def tile_segments(cu_seqlens: jax.Array, num_rows: int, size: int) -> Tiles:
@@ -43,13 +49,16 @@ def tile_segments(cu_seqlens: jax.Array, num_rows: int, size: int) -> Tiles:
     tiles_of = -(-(cu_seqlens[1:] - cu_seqlens[:-1]) // size)
     ends = jnp.cumsum(tiles_of)
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
-    segment = jnp.searchsorted(ends, tile, side="right").astype(jnp.int32)
-    used = segment < num_segments
-    segment = jnp.minimum(segment, num_segments - 1)
+    segment, used = segment_of(tile, ends)
     within = tile - (ends - tiles_of)[segment]
     start = cu_seqlens[segment] + within * size
     length = jnp.where(used, jnp.clip(cu_seqlens[segment + 1] - start, 0, size), 0)
     offset = jnp.arange(size, dtype=jnp.int32)
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    row_segment, row_exists = segment_of(row, cu_seqlens[1:])
+    within_segment = row - cu_seqlens[row_segment]
+    first_tile = (ends - tiles_of)[row_segment]
+    place = first_tile * size + within_segment
     return Tiles(
         segment=segment,
         rows=jnp.clip(start[:, None] + offset, 0, num_rows - 1),
@@ -57,7 +66,18 @@ def tile_segments(cu_seqlens: jax.Array, num_rows: int, size: int) -> Tiles:
         length=length,
         is_first=used & (within == 0),
         last_tile=jnp.maximum(ends - 1, 0),
+        row_segment=row_segment,
+        row_exists=row_exists,
+        row_place=jnp.where(row_exists, place, 0),
     )
+
+
+def segment_of(number: jax.Array, ends: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which of the intervals that end at `ends` holds each number, clipped; whether one does."""
+    # A bisection is a loop of small steps; a few ends are compared with all at once.
+    method = "compare_all" if ends.shape[0] <= 64 else "scan"
+    found = jnp.searchsorted(ends, number, side="right", method=method).astype(jnp.int32)
+    return jnp.minimum(found, ends.shape[0] - 1), found < ends.shape[0]
 
 
 def take_rows(x: jax.Array, tiles: Tiles) -> jax.Array:
@@ -69,10 +89,8 @@ def take_rows(x: jax.Array, tiles: Tiles) -> jax.Array:
     return jnp.where(valid, x[tiles.rows], 0)
 
 
-def put_rows(y: jax.Array, tiles: Tiles, num_rows: int) -> jax.Array:
+def put_rows(y: jax.Array, tiles: Tiles) -> jax.Array:
     """The inverse of `take_rows`: [n, size, ...] to [T, ...]; rows in no segment are zero."""
-    # Rows that do not exist go to one row past the end, which is cut off again.
-    target = jnp.where(tiles.valid, tiles.rows, num_rows).reshape(-1)
-    flat = y.reshape((-1, *y.shape[2:]))
-    out = jnp.zeros((num_rows + 1, *flat.shape[1:]), y.dtype)
-    return out.at[target].set(flat, mode="promise_in_bounds")[:num_rows]
+    # Gathered, not scattered: XLA's CPU scatter is a loop over rows.
+    rows = y.reshape((-1, *y.shape[2:]))[tiles.row_place]
+    return jnp.where(tiles.row_exists.reshape((-1,) + (1,) * (rows.ndim - 1)), rows, 0)

@@ -5,6 +5,7 @@ A derived class says what a token and a query look like, runs the operator and h
 
 from __future__ import annotations
 
+import abc
 from dataclasses import replace
 from typing import ClassVar
 
@@ -19,19 +20,19 @@ IMPLEMENTATIONS = ("xla", "reference")
 TOLERANCE = {"float32": "attention", "bfloat16": "attention_bfloat16"}
 
 
-class PagedLaws:
+class PagedLaws(abc.ABC):
     """Tests of an operator that appends to pages and attends."""
 
     token: ClassVar[tuple[int, ...]]
     query: ClassVar[tuple[int, int]]
 
+    @abc.abstractmethod
     def run(self, implementation: str, call: Call) -> tuple[np.ndarray, np.ndarray]:
         """The operator's outputs and pages."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def attend(self, q: np.ndarray, tokens: np.ndarray, context: int) -> np.ndarray:
         """The oracle for one sequence."""
-        raise NotImplementedError
 
     def build(self, rng: np.random.Generator, sequences: list[Seq], **sizes) -> Call:
         return build(rng, sequences, token=self.token, query=self.query, **sizes)

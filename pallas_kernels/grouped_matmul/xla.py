@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compat import einsum
+from pallas_kernels.tiles import segment_of
 
 _BLOCKS = (8, 16, 32, 64)
 
@@ -26,22 +27,22 @@ def expert_mlp(
 ) -> jax.Array:
     """See `api.expert_mlp`."""
     rows, choices = expert_ids.shape
+    if rows == 1:
+        return _one_row(x, gate, up, down, expert_ids[0], weights[0], exists)
     num_experts = gate.shape[0]
     block = _block_size(rows, choices, num_experts)
     # Pairs of rows that do not exist sort behind the last expert and no block covers them.
     expert = jnp.where(exists[:, None], expert_ids, num_experts).reshape(-1)
     order = jnp.argsort(expert, stable=True)
     pair_x = jnp.pad(x[order // choices], ((0, block), (0, 0)))
-    block_expert, block_start, num_blocks = _blocks(expert, num_experts, block)
+    block_expert, block_start, num_blocks = _blocks(expert[order], num_experts, block)
 
     def one_block(number: jax.Array, y: jax.Array) -> jax.Array:
         e, start = block_expert[number], block_start[number]
         part = jax.lax.dynamic_slice_in_dim(pair_x, start, block)
-        hidden = jax.nn.silu(einsum("md,df->mf", part, gate[e]))
-        hidden = hidden * einsum("md,df->mf", part, up[e])
         # Blocks come in order, so rows past the expert's own are overwritten by the next.
         return jax.lax.dynamic_update_slice_in_dim(
-            y, einsum("mf,fd->md", hidden.astype(x.dtype), down[e]), start, 0
+            y, _swiglu(part, gate[e], up[e], down[e]), start, 0
         )
 
     y = jnp.zeros(pair_x.shape, jnp.float32)
@@ -51,10 +52,33 @@ def expert_mlp(
     return jnp.where(exists[:, None], y, 0).astype(x.dtype)
 
 
+def _one_row(
+    x: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    exists: jax.Array,
+) -> jax.Array:
+    """A lone row needs no sorting: its experts are all different."""
+
+    def one_choice(i: jax.Array, y: jax.Array) -> jax.Array:
+        e = expert_ids[i]
+        return y + weights[i] * _swiglu(x, gate[e], up[e], down[e])
+
+    y = jax.lax.fori_loop(0, expert_ids.shape[0], one_choice, jnp.zeros(x.shape, jnp.float32))
+    return jnp.where(exists[:, None], y, 0).astype(x.dtype)
+
+
+def _swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+    """One expert on rows [m, d]: float32 [m, d]."""
+    hidden = jax.nn.silu(einsum("md,df->mf", x, gate)) * einsum("md,df->mf", x, up)
+    return einsum("mf,fd->md", hidden.astype(x.dtype), down)
+
+
 def _block_size(rows: int, choices: int, num_experts: int) -> int:
-    """Rows a block: about what an expert gets, and one when no expert can get two."""
-    if rows == 1:
-        return 1
+    """Rows a block: about what an expert gets."""
     share = rows * choices / num_experts
     return next((size for size in _BLOCKS if size >= share), _BLOCKS[-1])
 
@@ -62,13 +86,16 @@ def _block_size(rows: int, choices: int, num_experts: int) -> int:
 def _blocks(
     expert: jax.Array, num_experts: int, block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Each block's expert and first sorted pair, and the number of blocks in use."""
+    """Each block's expert and first pair, and the number of blocks in use.
+
+    `expert` [pairs] is sorted; num_experts stands for pairs of rows that do not exist.
+    """
     bound = min(expert.shape[0], expert.shape[0] // block + num_experts)
-    pairs = jnp.bincount(expert, length=num_experts + 1)[:num_experts]
-    blocks = -(-pairs // block)
+    # Not a count by scatter: XLA's CPU scatter is a loop over its elements.
+    first = jnp.searchsorted(expert, jnp.arange(num_experts + 1))
+    blocks = -(-(first[1:] - first[:-1]) // block)
     ends = jnp.cumsum(blocks)
     number = jnp.arange(bound)
-    owner = jnp.minimum(jnp.searchsorted(ends, number, side="right"), num_experts - 1)
-    first = (jnp.cumsum(pairs) - pairs)[owner]
-    start = first + (number - (ends - blocks)[owner]) * block
+    owner, _ = segment_of(number, ends)
+    start = first[owner] + (number - (ends - blocks)[owner]) * block
     return owner, jnp.clip(start, 0, expert.shape[0]), ends[-1]

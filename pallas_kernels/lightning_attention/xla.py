@@ -41,22 +41,14 @@ def lightning_prefill(
         _within_chunk(q_tile, k_tile, v_tile, log_decay)
         + _from_before(q_tile, before, log_decay)
     )
-    # Rows that do not exist stay in the tiles; put_rows drops them.
-    o = put_rows(o.astype(v.dtype), tiles, q.shape[0])
+    o = put_rows(o.astype(v.dtype), tiles)
+    o = jnp.where((slots != 0)[tiles.row_segment][:, None, None], o, 0)
     runs = (cu_seqlens[1:] > cu_seqlens[:-1]) & (slots != 0)
     leaving = after[tiles.last_tile].astype(state.dtype)
     # Segments that do not run write back the bits they found: several pads name slot 0, and
     # they all write the same.
     new = jnp.where(runs[:, None, None, None], leaving, old)
-    o = jnp.where((_row_segments(cu_seqlens, slots, q.shape[0]))[:, None, None], o, 0)
     return o, state.at[slots].set(new, mode="promise_in_bounds")
-
-
-def _row_segments(cu_seqlens: jax.Array, slots: jax.Array, num_rows: int) -> jax.Array:
-    """bool [T]: whether a row lies in a segment with a slot."""
-    row = jnp.arange(num_rows)
-    segment = jnp.searchsorted(cu_seqlens[1:], row, side="right")
-    return (segment < slots.shape[0]) & (slots[jnp.minimum(segment, slots.shape[0] - 1)] != 0)
 
 
 def _within_chunk(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array) -> jax.Array:

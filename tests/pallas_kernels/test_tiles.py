@@ -26,7 +26,7 @@ def take_and_put(x, cu_seqlens, size):
     taken = take_rows(x, tiles)
     # What a kernel leaves in rows that do not exist is arbitrary.
     left = jnp.where(tiles.valid[:, :, None], taken, jnp.nan)
-    return taken, put_rows(left, tiles, x.shape[0])
+    return taken, put_rows(left, tiles)
 
 
 def lengths_to_try(rng: np.random.Generator, size: int) -> list[list[int]]:
