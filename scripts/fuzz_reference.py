@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+# The root comes before it: tests/ has folders named like the packages they test.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bailing_jax  # noqa: F401  (before jax: sets the CPU scheduler)
 
