@@ -142,13 +142,8 @@ def _moe(config: ModelConfig, path: str) -> Iterator[Param]:
     moe, d = config.moe, config.hidden_size
     e, f = moe.num_experts, moe.expert_width
     # The router runs in float32 whatever the model dtype: near ties decide whole experts.
-    router = _as_is(f"{path}.gate.weight", (e, d), ("router_experts", "embed"), dtype="float32")
-    yield dataclasses.replace(
-        router,
-        shape=(d, e),
-        axes=("embed", "router_experts"),
-        sources=(dataclasses.replace(router.sources[0], order=(1, 0)),),
-    )
+    router = _linear(f"{path}.gate", d, e, ("embed", "router_experts"))
+    yield dataclasses.replace(router, dtype="float32")
     bias = _as_is(
         f"{path}.gate.expert_bias", (e,), ("router_experts",), init="zeros", dtype="float32"
     )
