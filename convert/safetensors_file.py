@@ -173,17 +173,32 @@ class SafetensorsFile:
             )
         if not (out.flags.c_contiguous and out.flags.writeable):
             raise ValueError(f"the buffer for {name} must be C-ordered and writable")
-        if self._descriptor < 0:
-            raise ValueError(f"{self.header.path} is closed")
         data = out.reshape(-1).view(np.uint8)
-        self._check_unchanged(os.fstat(self._descriptor))
-        read_exactly(self._descriptor, self.header.path, data.data, info.start)
-        # Once more, for a writer that came in between: half old, half new bytes are worse than
-        # an error.
-        self._check_unchanged(os.fstat(self._descriptor))
+        self._read_range(info.start, data)
         if info.dtype == np.bool_ and data.size and data.max() > 1:
             problem = f"BOOL holds the byte {data.max()}, not 0 or 1"
             raise malformed(info.file, f"tensor {show(name)}: {problem}")
+
+    def read_part(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill `out`, writable and C-ordered, with the tensor's bytes from its `start`-th on.
+
+        Raises:
+            UserError: as `read`.
+            ValueError: the tensor has fewer bytes.
+        """
+        info = self.header.tensors[name]
+        if start < 0 or start + out.nbytes > info.nbytes:
+            raise ValueError(f"{name} has {info.nbytes} bytes, not {out.nbytes} from {start}")
+        self._read_range(info.start + start, out.reshape(-1).view(np.uint8))
+
+    def _read_range(self, start: int, data: np.ndarray) -> None:
+        if self._descriptor < 0:
+            raise ValueError(f"{self.header.path} is closed")
+        self._check_unchanged(os.fstat(self._descriptor))
+        read_exactly(self._descriptor, self.header.path, data.data, start)
+        # Once more, for a writer that came in between: half old, half new bytes are worse than
+        # an error.
+        self._check_unchanged(os.fstat(self._descriptor))
 
     def close(self) -> None:
         """Close the file; safe to call twice."""

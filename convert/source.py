@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from bailing_jax.errors import EXIT_USAGE, UserError
@@ -32,6 +31,7 @@ from convert.safetensors_file import (
     refuse_lfs_pointer,
     show,
 )
+from convert.values import check_values
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
@@ -41,28 +41,13 @@ _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".h5", ".msgp
 _JSON_LIMIT = 16 * 2**20
 _INDEX_LIMIT = 100_000_000  # a trillion parameters in fp8 need about 15 MB
 _NAMES_SHOWN = 8
-_BLOCK = 2**18  # elements looked at together: they stay in the cache, 10 times faster than 2**24
-
-# A value is NaN or infinite iff (bits & mask) == mask, or == the bits given third.
-_NOT_FINITE: dict[np.dtype[Any], tuple[type[np.unsignedinteger[Any]], int, int]] = {
-    np.dtype(np.float64): (np.uint64, 0x7FF0_0000_0000_0000, 0x7FF0_0000_0000_0000),
-    np.dtype(np.float32): (np.uint32, 0x7F80_0000, 0x7F80_0000),
-    np.dtype(np.float16): (np.uint16, 0x7C00, 0x7C00),
-    np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80, 0x7F80),
-    np.dtype(ml_dtypes.float8_e5m2): (np.uint8, 0x7C, 0x7C),
-    # One NaN and no infinity (e4m3fn: one of each sign).
-    np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, 0x7F, 0x7F),
-    np.dtype(ml_dtypes.float8_e8m0fnu): (np.uint8, 0xFF, 0xFF),
-    np.dtype(ml_dtypes.float8_e4m3fnuz): (np.uint8, 0xFF, 0x80),
-    np.dtype(ml_dtypes.float8_e5m2fnuz): (np.uint8, 0xFF, 0x80),
-}
 
 
 class CheckpointSource:
     """An open checkpoint: what it holds, and its tensors one at a time.
 
     `config` is config.json as parsed; `headers` maps shard names and `tensors` tensor names.
-    Shards are opened when first read and stay open until `close`. Threads may share one.
+    Files are opened when first read and stay open until `close`. Threads may share one.
     """
 
     def __init__(
@@ -97,21 +82,32 @@ class CheckpointSource:
         """
         self._file_of(name).read_into(name, out)
 
-    def read_finite(self, name: str) -> np.ndarray:
-        """Read a tensor as `read` does, and refuse NaN and infinity.
+    def read_part(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill `out`, writable and C-ordered, with the tensor's bytes from its `start`-th on.
 
         Raises:
-            UserError: as `read`; or it holds such values: how many, and where the first is.
+            UserError, KeyError: as `read`.
+            ValueError: the tensor has fewer bytes.
+        """
+        self._file_of(name).read_part(name, start, out)
+
+    def check_unchanged(self) -> None:
+        """Look at every file once more.
+
+        Raises:
+            UserError: one is gone, or not what it was when it was opened.
+        """
+        for header in self.headers.values():
+            SafetensorsFile(header).close()
+
+    def read_finite(self, name: str) -> np.ndarray:
+        """Read a tensor as `read` does, and refuse values no weight has.
+
+        Raises:
+            UserError: as `read`; or NaN, infinity or absurd magnitudes: see `check_values`.
         """
         array = self.read(name)
-        count, first = count_not_finite(array)
-        if count:
-            index = tuple(int(i) for i in np.unravel_index(first, array.shape))
-            raise malformed(
-                self.tensors[name].file,
-                f"tensor {show(name)} has {count} NaN or infinite values of {array.size}, "
-                f"the first at index {index}",
-            )
+        check_values(array, self.tensors[name].file, name)
         return array
 
     def close(self) -> None:
@@ -156,15 +152,37 @@ def open_source(folder: Path) -> CheckpointSource:
     if INDEX_NAME in names:
         weight_map = _read_weight_map(folder / INDEX_NAME)
         _check_shard_names(folder, set(weight_map.values()), set(present))
-        headers = _read_headers(folder, present)
+        headers = read_headers(folder, present)
         _check_against_index(folder, weight_map, headers)
     elif len(present) == 1:
-        headers = _read_headers(folder, present)
+        headers = read_headers(folder, present)
     else:
         raise _no_single_file(folder, names, present)
     if not any(header.tensors for header in headers.values()):
         raise malformed(folder, "its safetensors files hold no tensor")
     return CheckpointSource(folder, config, headers)
+
+
+def read_headers(folder: Path, shards: Iterable[str]) -> dict[str, SafetensorsHeader]:
+    """Read the headers of several files of a folder, by name.
+
+    Raises:
+        UserError: one is damaged or leaves the folder, or a tensor lies in two of them.
+    """
+    headers: dict[str, SafetensorsHeader] = {}
+    owner: dict[str, str] = {}
+    for shard in shards:
+        check_contained(folder / shard)
+        headers[shard] = read_header(folder / shard)
+        twice = [name for name in headers[shard].tensors if name in owner]
+        if twice:
+            raise malformed(
+                folder,
+                f"{_tensors(twice)} both in {owner[twice[0]]} and in {shard}",
+                "Files of two releases are mixed. " + DOWNLOAD_AGAIN,
+            )
+        owner.update(dict.fromkeys(headers[shard].tensors, shard))
+    return headers
 
 
 def read_json(path: Path, what: str, limit: int = _JSON_LIMIT) -> dict[str, Any]:
@@ -207,24 +225,6 @@ def check_contained(path: Path) -> None:
             f"is a link that leaves the model folder, to {show(str(target))}",
             "Replace the link by the file itself.",
         )
-
-
-def count_not_finite(array: np.ndarray) -> tuple[int, int]:
-    """How many values are NaN or infinite, and the flat index of the first (-1: none).
-
-    `array` is C-ordered; integers and bools have none. Needs memory for one block only.
-    """
-    if array.dtype.kind in "biu":
-        return 0, -1
-    unsigned, mask, marker = _NOT_FINITE[array.dtype]
-    bits = array.reshape(-1).view(unsigned)
-    count, first = 0, -1
-    for start in range(0, bits.size, _BLOCK):
-        found = (bits[start : start + _BLOCK] & unsigned(mask)) == unsigned(marker)
-        if found.any():
-            first = start + int(found.argmax()) if first < 0 else first
-            count += int(np.count_nonzero(found))
-    return count, first
 
 
 def _list_folder(folder: Path) -> set[str]:
@@ -303,23 +303,6 @@ def _check_shard_names(folder: Path, wanted: set[str], present: set[str]) -> Non
             f"{_listed(extra, 'safetensors file')} not in {INDEX_NAME}",
             "Move the files that are not the model's away, or download the index that fits.",
         )
-
-
-def _read_headers(folder: Path, shards: Iterable[str]) -> dict[str, SafetensorsHeader]:
-    headers: dict[str, SafetensorsHeader] = {}
-    owner: dict[str, str] = {}
-    for shard in shards:
-        check_contained(folder / shard)
-        headers[shard] = read_header(folder / shard)
-        twice = [name for name in headers[shard].tensors if name in owner]
-        if twice:
-            raise malformed(
-                folder,
-                f"{_tensors(twice)} both in {owner[twice[0]]} and in {shard}",
-                "Files of two releases are mixed. " + DOWNLOAD_AGAIN,
-            )
-        owner.update(dict.fromkeys(headers[shard].tensors, shard))
-    return headers
 
 
 def _check_against_index(

@@ -26,10 +26,10 @@ from convert.source import (
     INDEX_NAME,
     CheckpointSource,
     check_contained,
-    count_not_finite,
     open_source,
     read_json,
 )
+from convert.values import count_not_finite
 
 # ---------------------------------------------------------------- S07: the folder and its index
 

@@ -1,0 +1,150 @@
+"""An Orbax checkpoint of the converted parameters, for programs that read those.
+
+`export` writes a flat dict {parameter name: array}, `tensor_hashes` reads it back the way Orbax
+restores it. Arrays stay numpy arrays: they carry no device or sharding, so they restore anywhere.
+The only file of the converter that imports Orbax, and with it jax: inside functions and on the
+CPU, so that no accelerator is touched. Must not know what the parameters mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from bailing_jax.errors import EXIT_FAILURE, UserError
+
+# What is written or read at a time, unless one array is larger. Also the largest Orbax chunk and
+# data file: Orbax buffers a few of those, 0.6 GB here and 1.3 GB with 256 MiB.
+_BATCH_BYTES = 2**27
+
+
+def export(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
+    """Write an Orbax checkpoint that restores as a dict of exactly these names and arrays.
+
+    Args:
+        arrays: at least one; any shape and any dtype of numpy or ml_dtypes with whole bytes.
+            Memory maps are read in place, as long as their elements are aligned.
+        folder: where to; must not exist yet, and does not exist afterwards if this fails.
+
+    Raises:
+        UserError: the folder exists, or Orbax cannot write it.
+    """
+    if os.path.lexists(folder):
+        raise UserError(
+            f"{folder}: already exists; an Orbax checkpoint is written to a new folder",
+            "Move it away or give another folder.",
+            EXIT_FAILURE,
+        )
+    hint = (
+        "Check that the disk has room and can be written, remove what begins with "
+        f"{folder.name}.orbax-checkpoint-tmp beside it, then convert again."
+    )
+    with _orbax(folder, "Orbax cannot write the checkpoint", hint) as ocp:
+        # Not compressed, because only then are memory maps written without a copy of them.
+        handler = ocp.PyTreeCheckpointHandler(
+            use_compression=False, type_handler_registry=_batch_writer(ocp)
+        )
+        save_args = {name: _save_args(ocp, array) for name, array in arrays.items()}
+        args = ocp.args.PyTreeSave(
+            dict(arrays), save_args, ocdbt_target_data_file_size=_BATCH_BYTES
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(folder.absolute(), args=args)
+
+
+def tensor_hashes(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Hash every array of an Orbax checkpoint: SHA-256 (hex) of its C-order bytes.
+
+    Args:
+        folder: what `export` wrote.
+        arrays: what the checkpoint must hold. Only names, shapes and dtypes are looked at.
+
+    Raises:
+        UserError: Orbax cannot read the folder, or it holds other names, shapes or dtypes.
+    """
+    expected = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    hint = "Remove the folder and convert again; if that fails too, check the disk."
+    with (
+        _orbax(folder, "Orbax cannot read the checkpoint", hint) as ocp,
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+    ):
+        stored = checkpointer.metadata(folder.absolute()).item_metadata
+        if stored is None:  # Orbax only logs why
+            raise ValueError("there is none, or a file of it is missing or damaged")
+        found = {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in stored.tree.items()}
+        wrong = sorted(n for n in expected | found if expected.get(n) != found.get(n))
+        if wrong:
+            raise ValueError(f"{len(wrong)} tensors are not as exported, e.g. {wrong[0]!r}")
+        names = list(arrays)
+        hashes: dict[str, str] = {}
+        for batch in _batches(arrays[name].nbytes for name in names):
+            wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names[batch]}
+            args = ocp.args.PyTreeRestore(wanted, restore_args=wanted, partial_restore=True)
+            restored = checkpointer.restore(folder.absolute(), args=args)
+            hashes |= {name: _sha256(restored[name]) for name in wanted}
+            del restored  # or it would stay until the next batch is there
+    return hashes
+
+
+def _batch_writer(ocp: ModuleType) -> Any:
+    """A registry whose arrays are written a batch at a time; Orbax's own writes all at once."""
+
+    class BatchWriter(ocp.type_handlers.NumpyHandler):
+        async def serialize(self, values: Any, infos: Any, args: Any) -> list[Any]:
+            for batch in _batches(value.nbytes for value in values):
+                # A thread of its own writes it, so waiting here blocks no event loop it needs.
+                for written in await super().serialize(values[batch], infos[batch], args[batch]):
+                    written.result()
+            return []
+
+    # Orbax copies numpy arrays in case they change while it writes; these don't.
+    writer = BatchWriter(deepcopy_host_arrays=False)
+    return ocp.type_handlers.create_type_handler_registry((np.ndarray, writer))
+
+
+def _save_args(ocp: ModuleType, array: np.ndarray) -> Any:
+    # Cut large stacks of matrices between those: pieces lie together in the file, and a program
+    # that restores some of the experts reads only theirs.
+    cut_first = array.ndim > 2 and array.nbytes > _BATCH_BYTES
+    return ocp.SaveArgs(shard_axes=(0,) if cut_first else ())
+
+
+def _batches(sizes: Iterable[int]) -> Iterator[slice]:
+    """Slices of neighbours that together have at most `_BATCH_BYTES`, or of one that has more."""
+    start, end, total = 0, 0, 0
+    for end, size in enumerate(sizes):
+        if end > start and total + size > _BATCH_BYTES:
+            yield slice(start, end)
+            start, total = end, 0
+        total += size
+    yield slice(start, end + 1)
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+@contextmanager
+def _orbax(folder: Path, problem: str, hint: str) -> Iterator[ModuleType]:
+    """Import Orbax, keep its log off the user's stderr, make its errors `UserError`s."""
+    if "jax" not in sys.modules:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # read by jax at import; Orbax initialises it
+    import orbax.checkpoint as ocp
+    from absl import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield ocp
+    except Exception as error:  # Orbax documents no set of errors
+        raise UserError(f"{folder}: {problem}: {error}", hint, EXIT_FAILURE) from error
+    finally:
+        logging.set_verbosity(verbosity)
