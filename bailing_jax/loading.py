@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bailing_jax import runtime
-from bailing_jax.checkpoint.load import load_model, match_checkpoint
+from bailing_jax.checkpoint.load import Weights, load_model, match_native, match_released
 from bailing_jax.checkpoint.random_weights import random_model
 from bailing_jax.config import SUPPORTED, ModelConfig
 from bailing_jax.engine.engine import EngineLimits
@@ -27,7 +27,8 @@ from bailing_jax.presets import find_preset, preset_names
 from bailing_jax.state import StateSpec, state_bytes
 from bailing_jax.text.chat import ChatTemplate, load_chat_template
 from bailing_jax.text.tokenizer import Tokenizer, load_tokenizer
-from convert.source import CheckpointSource, open_source, read_json
+from convert.native import is_native, open_native
+from convert.source import open_source, read_json
 
 Report = Callable[[str], None]
 
@@ -90,8 +91,15 @@ def load(
             f"Presets: {_preset_list()}",
             EXIT_USAGE,
         )
+    if is_native(folder):
+        with open_native(folder) as native:
+            config = native.model_config(hf_overrides)
+            weights = match_native(config, native)
+            return _load_folder(folder, config, weights, options, report)
     with open_source(folder) as source:
-        return _load_folder(source, options, hf_overrides, report)
+        where = str(folder / "config.json")
+        config = ModelConfig.from_hf(source.config, hf_overrides, where=where)
+        return _load_folder(folder, config, match_released(config, source), options, report)
 
 
 def _preset_list() -> str:
@@ -106,30 +114,26 @@ def _preset_list() -> str:
 
 
 def _load_folder(
-    source: CheckpointSource,
+    folder: Path,
+    config: ModelConfig,
+    weights: Weights,
     options: EngineOptions,
-    hf_overrides: Mapping[str, object],
     report: Report,
 ) -> LoadedModel:
-    folder = source.folder
-    config = ModelConfig.from_hf(
-        source.config, hf_overrides, where=str(folder / "config.json")
-    )
-    plan = match_checkpoint(config, source)
-    for group, names in plan.unused.items():
+    for group, names in weights.unused.items():
         report(f"not used: {len(names)} tensors, {group}, e.g. {names[0]}")
     tokenizer = load_tokenizer(folder, config.vocab_size)
     chat_template = load_chat_template(folder)
     generation = folder / "generation_config.json"
     generation_config = read_json(generation, "generation_config") if generation.exists() else {}
     runtime_options, limits, spec = _checked(config, options, report)
-    report(f"reading {plan.num_bytes / 1e6:,.1f} MB from {folder}")
+    report(f"reading {weights.num_bytes / 1e6:,.1f} MB from {folder}")
     return LoadedModel(
         config=config,
         runtime=runtime_options,
         limits=limits,
         state_spec=spec,
-        model=load_model(config, runtime_options, source, plan, lambda _done, _total: None),
+        model=load_model(config, runtime_options, weights, lambda _done, _total: None),
         tokenizer=tokenizer,
         chat_template=chat_template,
         generation_config=generation_config,

@@ -32,6 +32,7 @@ MANIFEST_NAME = "manifest.json"
 FORMAT = "bailing-jax native"
 FORMAT_VERSION = 1
 EXTRA_FILE = "extra.safetensors"
+EMBEDDING = "model.word_embeddings.weight"
 MANIFEST_LIMIT = 100_000_000  # bytes; a trillion parameters need about 6 MB
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -44,8 +45,7 @@ def file_of(param: Param) -> str:
     layer = _LAYER.match(param.path)
     if layer:
         return f"layer-{int(layer[1]):03d}.safetensors"
-    is_embedding = param.path == "model.word_embeddings.weight"
-    return "embed.safetensors" if is_embedding else "head.safetensors"
+    return "embed.safetensors" if param.path == EMBEDDING else "head.safetensors"
 
 
 @dataclass(frozen=True)

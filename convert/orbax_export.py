@@ -21,8 +21,8 @@ import numpy as np
 
 from bailing_jax.errors import EXIT_FAILURE, UserError
 
-# What is written or read at a time, unless one array is larger. Also the largest Orbax chunk and
-# data file: Orbax buffers a few of those, 0.6 GB here and 1.3 GB with 256 MiB.
+# What is written at a time, and the largest chunk and data file; one array may be larger.
+# Exports of 3 GB arrays need 0.1 to 1.2 GB: chunks wait for the disk, at most those of one array.
 _BATCH_BYTES = 2**27
 
 
@@ -32,7 +32,7 @@ def export(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
     Args:
         arrays: at least one; any shape and any dtype of numpy or ml_dtypes with whole bytes.
             Memory maps are read in place, as long as their elements are aligned.
-        folder: where to; must not exist yet, and does not exist afterwards if this fails.
+        folder: where to; must not exist yet, and still does not if this fails.
 
     Raises:
         UserError: the folder exists, or Orbax cannot write it.
@@ -44,10 +44,10 @@ def export(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
             EXIT_FAILURE,
         )
     hint = (
-        "Check that the disk has room and can be written, remove what begins with "
-        f"{folder.name}.orbax-checkpoint-tmp beside it, then convert again."
+        "Check that the disk has room and can be written, then convert again; "
+        f"{folder.name}.orbax-checkpoint-tmp beside it holds what was written and can be removed."
     )
-    with _orbax(folder, "Orbax cannot write the checkpoint", hint) as ocp:
+    with _orbax(folder, "the Orbax checkpoint cannot be written", hint) as ocp:
         # Not compressed, because only then are memory maps written without a copy of them.
         handler = ocp.PyTreeCheckpointHandler(
             use_compression=False, type_handler_registry=_batch_writer(ocp)
@@ -63,6 +63,8 @@ def export(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
 def tensor_hashes(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Hash every array of an Orbax checkpoint: SHA-256 (hex) of its C-order bytes.
 
+    Memory holds one array at a time.
+
     Args:
         folder: what `export` wrote.
         arrays: what the checkpoint must hold. Only names, shapes and dtypes are looked at.
@@ -70,27 +72,25 @@ def tensor_hashes(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, s
     Raises:
         UserError: Orbax cannot read the folder, or it holds other names, shapes or dtypes.
     """
-    expected = {name: (array.shape, array.dtype) for name, array in arrays.items()}
     hint = "Remove the folder and convert again; if that fails too, check the disk."
+    hashes: dict[str, str] = {}
     with (
-        _orbax(folder, "Orbax cannot read the checkpoint", hint) as ocp,
+        _orbax(folder, "the Orbax checkpoint cannot be used", hint) as ocp,
         ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
     ):
-        stored = checkpointer.metadata(folder.absolute()).item_metadata
-        if stored is None:  # Orbax only logs why
-            raise ValueError("there is none, or a file of it is missing or damaged")
-        found = {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in stored.tree.items()}
-        wrong = sorted(n for n in expected | found if expected.get(n) != found.get(n))
-        if wrong:
-            raise ValueError(f"{len(wrong)} tensors are not as exported, e.g. {wrong[0]!r}")
-        names = list(arrays)
-        hashes: dict[str, str] = {}
-        for batch in _batches(arrays[name].nbytes for name in names):
-            wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names[batch]}
+        for name, array in arrays.items():
+            wanted = {name: ocp.RestoreArgs()}
             args = ocp.args.PyTreeRestore(wanted, restore_args=wanted, partial_restore=True)
-            restored = checkpointer.restore(folder.absolute(), args=args)
-            hashes |= {name: _sha256(restored[name]) for name in wanted}
-            del restored  # or it would stay until the next batch is there
+            restored = checkpointer.restore(folder.absolute(), args=args)[name]
+            if (restored.shape, restored.dtype) != (array.shape, array.dtype):
+                raise ValueError(
+                    f"{name} is {restored.dtype}{restored.shape}, not {array.dtype}{array.shape}"
+                )
+            hashes[name] = hashlib.sha256(_bytes(restored)).hexdigest()
+            del restored  # or it would stay until the next one is there
+        stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        if extra := sorted(stored.keys() - arrays.keys()):
+            raise ValueError(f"it holds {len(extra)} other tensors, e.g. {extra[0]}")
     return hashes
 
 
@@ -128,8 +128,8 @@ def _batches(sizes: Iterable[int]) -> Iterator[slice]:
     yield slice(start, end + 1)
 
 
-def _sha256(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 @contextmanager

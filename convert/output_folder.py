@@ -29,14 +29,17 @@ _JOURNAL_LIMIT = 100_000_000
 class OutputFolder:
     """The folder to be, locked; make one with `locked`.
 
-    `finished` maps the names of complete weight files to their records.
+    Attributes:
+        path: what it will be.
+        files: where it is made.
+        finished: records of the complete weight files, by name.
     """
 
     def __init__(self, path: Path, partial: Path) -> None:
         self.path = path
         self.partial = partial
         self.finished: dict[str, dict[str, Any]] = {}
-        self._files = partial / "files"
+        self.files = partial / "files"
         self._identity: Mapping[str, Any] = {}
         self._gone = False
 
@@ -56,26 +59,29 @@ class OutputFolder:
             content = read_json(journal, "the journal", _JOURNAL_LIMIT)
             self._check_identity(content["identity"])
             self.finished = content["files"]
-        self._files.mkdir(exist_ok=True)
-        for entry in sorted(os.scandir(self._files), key=lambda entry: entry.name):
+        self.files.mkdir(exist_ok=True)
+        for entry in sorted(os.scandir(self.files), key=lambda entry: entry.name):
             record = self.finished.get(entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+                continue
             if record is None or entry.stat().st_size != record["bytes"]:
                 self.finished.pop(entry.name, None)
                 os.unlink(entry.path)
         self.finished = {
-            name: record for name, record in self.finished.items() if (self._files / name).exists()
+            name: record for name, record in self.finished.items() if (self.files / name).exists()
         }
         self._write_journal()
 
     def open_temporary(self, name: str) -> int:
         """A descriptor to write a file's bytes to, which the caller closes."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        return os.open(self._files / (name + _TEMPORARY), flags, 0o666)
+        return os.open(self.files / (name + _TEMPORARY), flags, 0o666)
 
     def finish(self, name: str, record: dict[str, Any] | None) -> None:
         """Give a fsynced temporary file its name, and enter it in the journal with its record."""
-        os.replace(self._files / (name + _TEMPORARY), self._files / name)
-        _fsync_folder(self._files)
+        os.replace(self.files / (name + _TEMPORARY), self.files / name)
+        _fsync_folder(self.files)
         if record is not None:
             self.finished[name] = record
             self._write_journal()
@@ -83,7 +89,7 @@ class OutputFolder:
     def drop_temporary(self, name: str) -> None:
         """Remove a file that was not finished."""
         with suppress(FileNotFoundError):
-            os.unlink(self._files / (name + _TEMPORARY))
+            os.unlink(self.files / (name + _TEMPORARY))
 
     def write_small(self, name: str, content: bytes) -> None:
         """Write a whole file; these are not journaled, but written anew when resumed."""
@@ -97,13 +103,13 @@ class OutputFolder:
 
     def publish(self) -> None:
         """Give the folder its name; nothing may be written to it afterwards."""
-        os.rename(self._files, self.path)
+        os.rename(self.files, self.path)
         _fsync_folder(self.path.parent)
         self._remove_partial()
 
     def discard(self) -> None:
         """Remove everything, as if nothing had been started."""
-        shutil.rmtree(self._files, ignore_errors=True)
+        shutil.rmtree(self.files, ignore_errors=True)
         self._remove_partial()
 
     def leave(self) -> None:

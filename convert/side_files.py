@@ -35,7 +35,7 @@ from convert.source import CONFIG_NAME, INDEX_NAME, check_contained
 MAX_BYTES = 16 * 2**20
 MAX_VOCABULARY_BYTES = 64_000_000  # what bailing_jax.text.tokenizer reads
 TIME_LIMIT_S = 10.0  # a real tokenizer of 157,000 tokens needs half a second
-MAX_MEMORY_BYTES = 2 * 2**30  # one of MAX_VOCABULARY_BYTES needs about 0.8 GB
+MAX_MEMORY_BYTES = 2 * 2**30  # the largest file needs less than one
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
 _JSON = (

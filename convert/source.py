@@ -248,6 +248,12 @@ def _no_config(folder: Path, names: Iterable[str]) -> UserError:
 
 
 def _no_single_file(folder: Path, names: Iterable[str], present: list[str]) -> UserError:
+    if "embed.safetensors" in present:
+        return malformed(
+            folder,
+            "looks like a native folder, but has no manifest.json",
+            "Copy the whole folder again, or convert the checkpoint again.",
+        )
     if present:
         return malformed(
             folder,

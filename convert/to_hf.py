@@ -21,7 +21,7 @@ from bailing_jax.params import Source
 from convert.mapping import copy, in_order, slab_rows
 from convert.native import MANIFEST_NAME, NativeFolder, check_params, sha256_of
 from convert.safetensors_file import malformed, read_header, show
-from convert.source import INDEX_NAME, CheckpointSource
+from convert.source import INDEX_NAME
 from convert.to_native import byte_slabs
 from convert.values import check_values
 from convert.writer import Conversion, OutFile, OutTensor
@@ -42,7 +42,7 @@ def plan_hf(native: NativeFolder) -> tuple[ModelConfig, Conversion]:
         _tensor(native, name, source, parts)
         for name, (source, parts) in checkpoint_tensors(native, config).items()
     ]
-    tensors += [_extra(native, name) for name in native.extra]
+    tensors += [extra_tensor(native, name) for name in native.extra]
     digest = sha256_of(native.folder / MANIFEST_NAME)
     # `format` is what transformers asks for; the other tells where the file comes from.
     metadata = {"format": "pt", "native_manifest_sha256": digest}
@@ -124,12 +124,12 @@ def _tensor(native: NativeFolder, name: str, source: Source, parts: list[Part]) 
     return OutTensor(name, dtype, source.shape, nbytes, blocks)
 
 
-def _extra(native: NativeFolder, name: str) -> OutTensor:
+def extra_tensor(native: NativeFolder, name: str) -> OutTensor:
+    """An unused tensor, to be written as it lies in the native folder."""
     info = native.extra[name].info
-    files: CheckpointSource = native.files
 
     def blocks() -> Iterator[np.ndarray]:
-        yield from byte_slabs(files.read_finite(name))
+        yield from byte_slabs(native.files.read_finite(name))
 
     return OutTensor(name, info.dtype, info.shape, info.nbytes, blocks)
 

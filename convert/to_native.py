@@ -20,6 +20,7 @@ from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.params import Param, Source
 from convert.mapping import SLAB_BYTES, copy, in_order, slab_rows
 from convert.native import (
+    EMBEDDING,
     EXTRA_FILE,
     FORMAT,
     FORMAT_VERSION,
@@ -105,10 +106,7 @@ def _layout(
         groups.setdefault(file_of(param), []).append(tensor)
     for names in matched.unused.values():
         for name in names:
-            info = source.tensors[name]
-            blocks = _extra_blocks(source, name, note)
-            tensor = OutTensor(name, info.dtype, info.shape, info.nbytes, blocks)
-            groups.setdefault(EXTRA_FILE, []).append(tensor)
+            groups.setdefault(EXTRA_FILE, []).append(_extra(source, name, note))
     # Tensors of odd sizes go last, so that those before them begin at a cache line.
     return tuple(
         OutFile(name, tuple(sorted(tensors, key=lambda t: t.nbytes % _ALIGNMENT != 0)), _METADATA)
@@ -154,13 +152,29 @@ def _slab(part: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     return part.astype(dtype, copy=False)
 
 
-def _extra_blocks(
-    source: CheckpointSource, name: str, note: Callable[[str], None]
-) -> Callable[[], Iterator[np.ndarray]]:
-    def blocks() -> Iterator[np.ndarray]:
-        yield from byte_slabs(_read_checked(source, name, note))
+def _extra(source: CheckpointSource, name: str, note: Callable[[str], None]) -> OutTensor:
+    info = source.tensors[name]
+    # Only a tied model's head is both unused and called this.
+    twin = source.tensors[EMBEDDING] if name == "lm_head.weight" else None
+    memory = info.nbytes + (twin.nbytes if twin else 0)
 
-    return blocks
+    def blocks() -> Iterator[np.ndarray]:
+        tensor = _read_checked(source, name, note)
+        if twin and not same_bytes(tensor, source.read(EMBEDDING)):
+            note(
+                f"{name} differs from {EMBEDDING}, although config.json ties them: the model "
+                "runs with the embedding's values"
+            )
+        yield from byte_slabs(tensor)
+
+    return OutTensor(name, info.dtype, info.shape, memory, blocks)
+
+
+def same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two C-ordered arrays agree in dtype, shape and every bit."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return np.array_equal(one.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8))
 
 
 def byte_slabs(tensor: np.ndarray) -> Iterator[np.ndarray]:

@@ -24,11 +24,10 @@ from convert.plan import match
 from convert.safetensors_file import show
 from convert.source import CONFIG_NAME, CheckpointSource, open_source
 from convert.to_hf import checkpoint_tensors, restored, restored_dtype
+from convert.to_native import same_bytes
 from convert.values import check_values
 from convert.workers import Workers
 from convert.writer import SPARE_BYTES, Progress
-
-PROBLEMS_SHOWN = 20
 
 
 @dataclass
@@ -190,11 +189,5 @@ def _compare(
     if info.shape != found.shape:
         return [f"{info.file}: tensor {show(name)} has shape {info.shape}, was {found.shape}"]
     wanted = original.read(name)
-    same = _same_bytes(wanted if wanted.dtype == dtype else wanted.astype(dtype), found)
+    same = same_bytes(wanted if wanted.dtype == dtype else wanted.astype(dtype), found)
     return [] if same else [f"{info.file}: tensor {show(name)} differs from {native.folder}"]
-
-
-def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.dtype == other.dtype and np.array_equal(
-        one.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8)
-    )

@@ -84,6 +84,16 @@ class OutFile:
 
 
 @dataclass(frozen=True)
+class Folder:
+    """A sub-folder that something else makes: its name, its tensors' bytes, and who makes it."""
+
+    name: str
+    num_tensors: int
+    num_bytes: int
+    make: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
 class Conversion:
     """What a folder is to become.
 
@@ -95,6 +105,7 @@ class Conversion:
         is_done: whether a folder already is this conversion's result.
         check_unchanged: raises UserError if the source is not what it was.
         notes: remarks for the user, added to while blocks are made.
+        folder: made after the weights; when a conversion is resumed, made anew.
     """
 
     files: tuple[OutFile, ...]
@@ -104,17 +115,28 @@ class Conversion:
     is_done: Callable[[Path], bool]
     check_unchanged: Callable[[], None]
     notes: list[str]
+    folder: Folder | None = None
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of all tensors of all files."""
-        return sum(file.data_bytes for file in self.files)
+        """Bytes of all tensors."""
+        return sum(file.data_bytes for file in self.files) + self._folder_bytes
+
+    @property
+    def num_tensors(self) -> int:
+        """Number of all tensors."""
+        made = self.folder.num_tensors if self.folder else 0
+        return made + sum(len(file.tensors) for file in self.files)
 
     @property
     def total_bytes(self) -> int:
         """Bytes the folder will need, but for what `last` makes."""
         small = sum(map(len, self.small.values()))
-        return small + sum(len(file.header()) + file.data_bytes for file in self.files)
+        return small + self.data_bytes + sum(len(file.header()) for file in self.files)
+
+    @property
+    def _folder_bytes(self) -> int:
+        return self.folder.num_bytes if self.folder else 0
 
     def peak_memory(self, workers: int) -> int:
         """An upper bound of the bytes of memory `write` needs."""
@@ -151,11 +173,7 @@ def write(conversion: Conversion, path: Path, workers: int, progress: Progress) 
     with locked(path) as folder:
         if os.path.lexists(path) and not _is_empty_folder(path):
             if not conversion.is_done(path):
-                raise UserError(
-                    f"{path}: already exists and is not the result of this command",
-                    "Choose another output folder, or delete that one first.",
-                    EXIT_USAGE,
-                )
+                raise already_exists(path)
             folder.discard()
             return Outcome(0, 0, already_complete=True)
         try:
@@ -174,11 +192,14 @@ def _write(
 ) -> Outcome:
     folder.begin(conversion.identity)
     pending = [file for file in conversion.files if file.name not in folder.finished]
-    finished = conversion.data_bytes - sum(file.data_bytes for file in pending)
-    check_free(folder.path, sum(len(f.header()) + f.data_bytes for f in pending))
+    finished = sum(f.data_bytes for f in conversion.files if f.name in folder.finished)
+    made = sum(record["bytes"] for record in folder.finished.values())
+    check_free(folder.path, conversion.total_bytes - made)
     progress.begin(conversion.data_bytes, finished)
     threads = Workers(workers, _budget(conversion))
     threads.for_each(_FileWriter(folder, threads, progress).write, pending)
+    if conversion.folder:
+        conversion.folder.make(folder.files / conversion.folder.name)
     conversion.check_unchanged()
     for name, content in conversion.small.items():
         folder.write_small(name, content)
@@ -244,6 +265,15 @@ class _FileWriter:
 def _budget(conversion: Conversion) -> int:
     tensors = (tensor.memory for file in conversion.files for tensor in file.tensors)
     return max(tensors, default=0) + SPARE_BYTES
+
+
+def already_exists(path: Path) -> UserError:
+    """The error for an output that is there and is something else."""
+    return UserError(
+        f"{path}: already exists and is not the result of this command",
+        "Choose another output folder, or delete that one first.",
+        EXIT_USAGE,
+    )
 
 
 def check_free(path: Path, num_bytes: int) -> None:

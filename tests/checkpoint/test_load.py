@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from random_checkpoints import DTYPES, draw_config, random_tensors, write_checkpoint
 
 from bailing_jax import loading
-from bailing_jax.checkpoint.load import load_model, match_checkpoint
+from bailing_jax.checkpoint.load import load_model, match_released
 from bailing_jax.config import ModelConfig
 from bailing_jax.engine_options import EngineOptions
 from bailing_jax.errors import EXIT_DOES_NOT_FIT, EXIT_USAGE, UserError
 from bailing_jax.layers.options import RuntimeOptions
+from bailing_jax.params import describe
 from bailing_jax.state import allocate
 from convert.source import open_source
 
@@ -66,8 +67,8 @@ def load(folder: Path, dtype: str) -> nnx.Module:
     """The model, by way of the folder alone."""
     with open_source(folder) as source:
         config = ModelConfig.from_hf(source.config)
-        plan = match_checkpoint(config, source)
-        return load_model(config, RuntimeOptions(dtype), source, plan, lambda *_: None)
+        weights = match_released(config, source)
+        return load_model(config, RuntimeOptions(dtype), weights, lambda *_: None)
 
 
 def write(folder: Path, architecture: str = V2_5, shards: int = 3, **changes: object) -> Path:
@@ -140,12 +141,10 @@ def test_progress_ends_at_all_bytes(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     with open_source(write(tmp_path, V2)) as source:
         config = ModelConfig.from_hf(source.config)
-        plan = match_checkpoint(config, source)
-        load_model(
-            config, RuntimeOptions("float32"), source, plan, lambda *call: calls.append(call)
-        )
+        weights = match_released(config, source)
+        load_model(config, RuntimeOptions("float32"), weights, lambda *call: calls.append(call))
         stored = sum(info.nbytes for info in source.tensors.values())
-    assert len(calls) == len(plan.params)
+    assert len(calls) == len(describe(config))
     assert {total for _, total in calls} == {stored}
     done = [done for done, _ in calls]
     assert done == sorted(set(done))
@@ -270,11 +269,11 @@ def test_s16_host_memory_is_bounded_while_loading(
     monkeypatch.setattr(jax, "device_put", lambda array: nothing)
     with open_source(tmp_path) as source:
         config = ModelConfig.from_hf(source.config)
-        plan = match_checkpoint(config, source)
-        sizes = [4 * param.size for param, _ in plan.params]
+        weights = match_released(config, source)
+        sizes = [4 * param.size for param in describe(config)]
         tracemalloc.start()
         try:
-            load_model(config, RuntimeOptions("float32"), source, plan, lambda *_: None)
+            load_model(config, RuntimeOptions("float32"), weights, lambda *_: None)
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
