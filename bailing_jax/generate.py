@@ -28,42 +28,75 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog="python -m bailing_jax.generate",
-        usage="%(prog)s --model DIR|NAME (-p TEXT | --prompt-ids IDS) [options]",
+        usage="%(prog)s --model DIR|NAME [-p TEXT | --chat | --input FILE] [options]",
         description="Generate text with a Ling or Ring model.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
     )
     model = p.add_argument_group("model")
     model.add_argument(
-        "--model", metavar="DIR|NAME", help="checkpoint folder, or a preset (random weights)"
+        "--model",
+        metavar="DIR|NAME",
+        help="checkpoint folder, org/name in the Hugging Face cache, or a preset (random weights)",
     )
+    model.add_argument("--download", action="store_true", help="fetch org/name if it is not here")
     model.add_argument("--dtype", help="float32 or bfloat16 (default: float32 on a CPU)")
     model.add_argument("--state-dtype", default="float32", help="float32 or bfloat16")
     model.add_argument("--rope-dtype", help="float32 or bfloat16 (default: as --dtype)")
-    model.add_argument("--max-model-len", type=int, help="most tokens, prompt and answer")
-    model.add_argument("--prefill-chunk", type=int, default=512, help="prompt tokens a step")
-    model.add_argument("--memory-fraction", type=float, default=0.9, help="share of memory to use")
-    model.add_argument("--kernels", default="auto", help="auto, xla or reference")
     model.add_argument(
         "--hf-overrides", metavar="JSON", help="config.json keys to replace, decay_layer_offset"
     )
     prompt = p.add_argument_group("prompt")
     one = prompt.add_mutually_exclusive_group()
-    one.add_argument("-p", "--prompt", help="text")
+    one.add_argument("-p", "--prompt", metavar="TEXT", help="text; - reads it from stdin")
+    one.add_argument("-f", "--prompt-file", metavar="FILE", help="text; - reads it from stdin")
     one.add_argument("--prompt-ids", metavar="IDS", help="token ids: 1,2,3")
+    one.add_argument("--chat", action="store_true", help="talk; /help lists what can be typed")
+    one.add_argument("--input", metavar="FILE", help="a job: requests, one JSON object a line")
+    prompt.add_argument(
+        "--output", metavar="FILE", help="of a job: answers; what is in it is not done again"
+    )
     prompt.add_argument("--raw", action="store_true", help="do not apply the chat template")
-    prompt.add_argument("--system", help="system message for the chat template")
+    prompt.add_argument("--system", metavar="TEXT", help="system message for the chat template")
+    prompt.add_argument("--chat-template-args", metavar="JSON", help="variables of the template")
     sampling = p.add_argument_group("sampling (default: the model's generation_config.json)")
-    sampling.add_argument("-n", "--max-tokens", type=int, default=256)
-    sampling.add_argument("--temperature", "--temp", type=float, help="0 is greedy")
-    sampling.add_argument("--top-k", type=int)
-    sampling.add_argument("--top-p", type=float)
-    sampling.add_argument("--min-p", type=float)
-    sampling.add_argument("--seed", type=int, default=0, help="of sampling and random weights")
-    sampling.add_argument("--stop", action="append", help="end at this text (repeatable)")
-    sampling.add_argument("--ignore-eos", action="store_true")
+    sampling.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N")
+    sampling.add_argument("--temperature", "--temp", type=float, metavar="X", help="0 is greedy")
+    sampling.add_argument("--top-k", type=int, metavar="N")
+    sampling.add_argument("--top-p", type=float, metavar="X")
+    sampling.add_argument("--min-p", type=float, metavar="X")
+    sampling.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of sampling and random weights"
+    )
+    sampling.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end at this text (repeatable)"
+    )
+    sampling.add_argument("--ignore-eos", action="store_true", help="do not end at the end token")
     sampling.add_argument("--sampling", metavar="JSON", help="any other SamplingParams field")
+    engine = p.add_argument_group("engine")
+    engine.add_argument(
+        "--max-num-seqs", type=int, metavar="N", help="sequences at once (default: 1; a job: 8)"
+    )
+    engine.add_argument(
+        "--max-model-len", type=int, metavar="N", help="most tokens, prompt and answer"
+    )
+    engine.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="tokens a step")
+    engine.add_argument(
+        "--memory-fraction", type=float, default=0.9, metavar="X", help="share of memory to use"
+    )
+    engine.add_argument("--mesh", metavar="AXES", help="data=1,expert=1,tensor=1: one device")
+    engine.add_argument("--kernels", default="auto", metavar="NAME", help="auto, xla or reference")
+    engine.add_argument("--batch-invariant", action="store_true", help="exact mode")
+    engine.add_argument(
+        "--compile-cache", metavar="DIR|off", help="compiled programs (default: the user's cache)"
+    )
     output = p.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout")
     output.add_argument("--quiet", action="store_true", help="nothing but errors on stderr")
+    output.add_argument("--hide-thinking", action="store_true", help="show the answer only")
+    output.add_argument("--dry-run", action="store_true", help="what it would need; no weights")
+    output.add_argument("--warmup", action="store_true", help="compile everything before starting")
+    output.add_argument("--profile", metavar="DIR", help="write a profile for xprof")
+    output.add_argument("--env", action="store_true", help="say what this machine has, and end")
     return p
 
 

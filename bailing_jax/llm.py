@@ -28,7 +28,7 @@ from bailing_jax.engine_options import (
 )
 from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.loading import Report, load
-from bailing_jax.request import Answer, RequestOutput, StreamPiece
+from bailing_jax.request import Answer, Request, RequestOutput, StreamPiece
 from bailing_jax.sampling_params import SamplingParams, resolve
 
 Prompt = str | Sequence[int]
@@ -151,32 +151,61 @@ class LLM:
                 "Give one SamplingParams, or one for each prompt.",
                 EXIT_USAGE,
             )
-        checked = [
-            (self.check_prompt(prompt, f"prompt {i}"), self._resolved(params))
+        prepared = [
+            self.prepare(prompt, params, f"prompt {i}")
             for i, (prompt, params) in enumerate(zip(listed, sampling_params, strict=True))
         ]
-        # All answers are made before any is submitted: a bad stop string stops everything.
-        answers = [self._answers(len(ids), params) for ids, params in checked]
-        numbers: list[int] = []
         try:
-            for (ids, params), group in zip(checked, answers, strict=True):
-                for i, answer in enumerate(group):
-                    numbers.append(self._submit(ids, params, i, answer, lambda _piece: None))
-            for number in numbers:
-                while self._engine.is_unfinished(number):
-                    self._engine.step()
+            for request in prepared:
+                self.submit(request)
+            while any(self.is_unfinished(request) for request in prepared):
+                self.step()
         finally:
             # After Ctrl-C nobody wants these answers any more.
-            for number in numbers:
-                self._engine.cancel(number)
-        return [
-            RequestOutput(
-                prompt=prompt if isinstance(prompt, str) else None,
-                prompt_token_ids=ids,
-                outputs=[answer.output() for answer in group],
+            for request in prepared:
+                self.cancel(request)
+        return [request.output() for request in prepared]
+
+    def prepare(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, what: str = "prompt"
+    ) -> Request:
+        """Check one request without running it; `submit` queues it, `step` runs it.
+
+        Args:
+            prompt: a text or a list of token ids.
+            sampling_params: how to answer; None: the model's defaults.
+            what: what messages call the prompt.
+
+        Raises:
+            UserError: prompt or parameters can't be used.
+        """
+        params = self._resolved(sampling_params or SamplingParams())
+        ids = self.check_prompt(prompt, what)
+        answers = self._answers(len(ids), params)
+        return Request(prompt if isinstance(prompt, str) else None, ids, params, answers)
+
+    def submit(
+        self, request: Request, on_piece: Callable[[StreamPiece], None] | None = None
+    ) -> None:
+        """Queue a prepared request; `on_piece` is called with every piece of every answer."""
+        for i, answer in enumerate(request.answers):
+            number = self._submit(
+                request.prompt_token_ids, request.params, i, answer, on_piece or _ignore
             )
-            for prompt, (ids, _), group in zip(listed, checked, answers, strict=True)
-        ]
+            request.numbers.append(number)
+
+    def is_unfinished(self, request: Request) -> bool:
+        """Whether a submitted request has tokens to come."""
+        return any(self._engine.is_unfinished(number) for number in request.numbers)
+
+    def step(self) -> None:
+        """Run one step for all submitted requests. If it fails, all of them are over."""
+        self._engine.step()
+
+    def cancel(self, request: Request) -> None:
+        """End a request at once; harmless if it is finished."""
+        for number in request.numbers:
+            self._engine.cancel(number)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -186,29 +215,27 @@ class LLM:
         Raises:
             UserError: as `generate`; also when n is not 1.
         """
-        params = self._resolved(sampling_params or SamplingParams())
-        if params.n != 1:
-            raise UserError(f"n = {params.n}; a stream gives one answer", exit_code=EXIT_USAGE)
-        ids = self.check_prompt(prompt, "prompt")
-        (answer,) = self._answers(len(ids), params)
-        return self._stream(ids, params, answer)
+        request = self.prepare(prompt, sampling_params)
+        if request.params.n != 1:
+            raise UserError(
+                f"n = {request.params.n}; a stream gives one answer", exit_code=EXIT_USAGE
+            )
+        return self._stream(request)
 
-    def _stream(
-        self, ids: list[int], params: SamplingParams, answer: Answer
-    ) -> Iterator[StreamPiece]:
+    def _stream(self, request: Request) -> Iterator[StreamPiece]:
         pieces: deque[StreamPiece] = deque()
-        number = self._submit(ids, params, 0, answer, pieces.append)
+        self.submit(request, pieces.append)
         try:
             # Other calls may step the engine between two pieces, and finish this answer too.
-            while pieces or self._engine.is_unfinished(number):
+            while pieces or self.is_unfinished(request):
                 while pieces:
                     yield pieces.popleft()
-                if self._engine.is_unfinished(number):
-                    self._engine.step()
-            if answer.output().finish_reason is None:
+                if self.is_unfinished(request):
+                    self.step()
+            if request.output().outputs[0].finish_reason is None:
                 raise RuntimeError("an error in another call ended this stream")
         finally:
-            self._engine.cancel(number)
+            self.cancel(request)
 
     def chat(
         self,
@@ -362,6 +389,10 @@ class LLM:
                 exit_code=EXIT_USAGE,
             )
         return ids
+
+
+def _ignore(_piece: StreamPiece) -> None:
+    """What becomes of pieces nobody asked for."""
 
 
 def _is_token_ids(prompts: object) -> TypeGuard[Sequence[int]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from bailing_jax.engine.stop import StopMatcher
+from bailing_jax.sampling_params import SamplingParams
 from bailing_jax.text.tokenizer import TextStream
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -95,3 +96,27 @@ class Answer:
             logprobs=self._logprobs or None,
             finish_reason=self._finish_reason,
         )
+
+
+@dataclass
+class Request:
+    """A checked request, before, while and after it runs.
+
+    Attributes:
+        prompt: its text; None when it was given as token ids.
+        prompt_token_ids: its tokens.
+        params: resolved sampling parameters.
+        answers: the n answers in the making.
+        numbers: the engine's numbers of them, once submitted.
+    """
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    answers: list[Answer]
+    numbers: list[int] = field(default_factory=list)
+
+    def output(self) -> RequestOutput:
+        """The answers so far."""
+        outputs = [answer.output() for answer in self.answers]
+        return RequestOutput(self.prompt, self.prompt_token_ids, outputs)
