@@ -43,7 +43,8 @@ class LLM:
     """A model ready to generate.
 
     Args:
-        model: a checkpoint folder, or a preset's name (random weights from `seed`).
+        model: a checkpoint folder, org/name in the Hugging Face cache, or a preset's name (random
+            weights from `seed`).
         dtype: of weights and activations, "float32" or "bfloat16"; None: float32 on a CPU, the
             checkpoint's elsewhere.
         state_dtype: of the recurrent state, "float32" or "bfloat16".
@@ -59,6 +60,7 @@ class LLM:
         hf_overrides: config.json keys (and decay_layer_offset) that replace the file's.
         seed: of a preset's random weights.
         report: called with each line about what was loaded; default: printed on stderr.
+        download: fetch org/name from the hub where the cache lacks it.
 
     Raises:
         UserError: what is wrong with model or options, and what to do.
@@ -81,6 +83,7 @@ class LLM:
         hf_overrides: Mapping[str, object] | None = None,
         seed: int = 0,
         report: Report = _print,
+        download: bool = False,
     ) -> None:
         options = EngineOptions(
             dtype=dtype,
@@ -94,7 +97,7 @@ class LLM:
             kernels=kernels,
             batch_invariant=batch_invariant,
         )
-        loaded = load(model, options, hf_overrides or {}, seed, report)
+        loaded = load(model, options, hf_overrides or {}, seed, report, download=download)
         self.config = loaded.config
         self.limits = loaded.limits
         self.tokenizer = loaded.tokenizer
@@ -111,6 +114,14 @@ class LLM:
     def warm_up(self, prompt_tokens: int, sampling_params: SamplingParams | None = None) -> None:
         """Compile ahead what one request with a prompt of this many tokens runs."""
         self._engine.warm_up(prompt_tokens, self._resolved(sampling_params or SamplingParams()))
+
+    def warm_up_all(
+        self,
+        sampling_params: SamplingParams | None = None,
+        report: Report = _print,
+    ) -> None:
+        """Compile ahead everything that requests with such parameters can run."""
+        self._engine.warm_up_all(self._resolved(sampling_params or SamplingParams()), report)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a plain text; names of control tokens in it are plain text too.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bailing_jax import runtime
+from bailing_jax import hub, runtime
 from bailing_jax.checkpoint.load import Weights, load_model, match_native, match_released
 from bailing_jax.checkpoint.random_weights import random_model
 from bailing_jax.config import SUPPORTED, ModelConfig
@@ -66,13 +66,23 @@ def load(
     hf_overrides: Mapping[str, object],
     seed: int,
     report: Report,
+    *,
+    download: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint folder, or make random weights for a preset name.
+
+    Args:
+        model: a folder, a preset's name, or org/name on the Hugging Face hub.
+        options: the engine's.
+        hf_overrides: config.json keys that replace the file's.
+        seed: of a preset's random weights.
+        report: called with each line about what is loaded.
+        download: fetch org/name if it is not in the cache.
 
     Raises:
         UserError: anything wrong with name, folder, config, tensors, options or memory.
     """
-    folder = Path(model)
+    folder = find_folder(model, download=download)
     preset = None if folder.exists() else find_preset(str(model))
     if preset is not None:
         config = ModelConfig.from_hf(preset.hf_config, hf_overrides, where=preset.name)
@@ -85,12 +95,6 @@ def load(
         return LoadedModel(
             config, runtime_options, limits, spec, made, None, None, {}, preset.name
         )
-    if not folder.exists():
-        raise UserError(
-            f"{model}: no such folder, and no preset of that name",
-            f"Presets: {_preset_list()}",
-            EXIT_USAGE,
-        )
     if is_native(folder):
         with open_native(folder) as native:
             config = native.model_config(hf_overrides)
@@ -100,6 +104,24 @@ def load(
         where = str(folder / "config.json")
         config = ModelConfig.from_hf(source.config, hf_overrides, where=where)
         return _load_folder(folder, config, match_released(config, source), options, report)
+
+
+def find_folder(model: str | Path, *, download: bool) -> Path:
+    """The folder of a model; of a preset, one that does not exist.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    folder = Path(model)
+    if folder.exists() or find_preset(str(model)) is not None:
+        return folder
+    if hub.is_hub_name(str(model)):
+        return hub.find(str(model), download=download)
+    raise UserError(
+        f"{model}: no such folder, and no preset of that name",
+        f"Presets: {_preset_list()}",
+        EXIT_USAGE,
+    )
 
 
 def _preset_list() -> str:

@@ -135,10 +135,34 @@ class Engine:
         if params.max_tokens > 1:
             plans.append(StepPlan((Sequence(0, [0, 0], 1, 2, num_computed=1),), ()))
         for plan in plans:
-            layout = self._layout(plan, dry=True)
-            self._programs.compile_step(self._state, layout)
-            logits = jnp.zeros((layout.logit_rows.shape[0], self._config.vocab_size), jnp.float32)
-            sampler.sample(logits, [0], [sampler.Choice(params, [0], 0)])
+            self._compile(plan, params)
+
+    def warm_up_all(self, params: SamplingParams, report: Callable[[str], None]) -> None:
+        """Compile every program these limits can need, for requests of resolved params.
+
+        Args:
+            params: what is sampled with; other parameters may compile a sampler of their own.
+            report: called with a line before each program.
+        """
+        most = self._limits.max_num_seqs
+        counts = sorted({*(1 << i for i in range(most.bit_length())), most})
+        decoding = Sequence(0, [0, 0], 1, 2, num_computed=1)
+        plans = [StepPlan((decoding,) * count, ()) for count in counts if count <= most]
+        for size in self._prefill_sizes:
+            plans.append(StepPlan((), ((Sequence(0, [0] * size, size, size), size),)))
+        for i, plan in enumerate(plans, start=1):
+            num_decode, num_prefill, _ = self._sizes(plan)
+            report(
+                f"compiling {i} of {len(plans)}: {num_decode} decode rows"
+                + (f", {num_prefill} prefill rows" if num_prefill else "")
+            )
+            self._compile(plan, params)
+
+    def _compile(self, plan: StepPlan, params: SamplingParams) -> None:
+        layout = self._layout(plan, dry=True)
+        self._programs.compile_step(self._state, layout)
+        logits = jnp.zeros((layout.logit_rows.shape[0], self._config.vocab_size), jnp.float32)
+        sampler.sample(logits, [0], [sampler.Choice(params, [0], 0)])
 
     def step(self) -> None:
         """Run one step and deliver its tokens. If that fails, every request is over."""

@@ -1,0 +1,347 @@
+"""generate --dry-run: what a run would need, from the config alone.
+
+Parameters, state and programs are described before any of them exists, so nothing is allocated,
+compiled or run: bytes are added up from shapes. Only the temporaries of a program are an
+estimate: its trace is read as XLA would lay it out. A folder's weights are matched by name and
+shape where they are there; a folder with only config.json is planned too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bailing_jax.errors import EXIT_DOES_NOT_FIT, EXIT_OK, EXIT_USAGE, UserError
+
+if TYPE_CHECKING:
+    from bailing_jax.config import ModelConfig
+    from bailing_jax.engine.engine import EngineLimits
+    from bailing_jax.layers.options import RuntimeOptions
+    from bailing_jax.params import Param
+    from bailing_jax.state import StateSpec
+
+_GIB = 2**30
+
+# `peak_bytes` came to 0.76 to 1.26 times what XLA allocated for the largest program
+# (Compiled.memory_analysis().temp_size_in_bytes; CPU, float32 and bfloat16, jaxlib 0.10.2 and
+# 0.12.0), over 2 to 7 layers of ring-mini-linear-2.0, ling-mini-2.0 and ling-2.6-flash at their
+# real widths with 1, 8 and 32 sequences, and the tests' tiny models. The lowest is bfloat16 with
+# one sequence. On a GPU nobody has measured it yet. tests/cli/test_dry_run.py measures again.
+_MARGIN = 1.4
+
+
+class ProgramSize(NamedTuple):
+    """The static sizes of a step: decode rows D, prefill rows T, prefill segments P."""
+
+    decode_rows: int
+    prefill_rows: int
+    segments: int
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run needs and what the machine has.
+
+    Attributes:
+        model: folder or preset.
+        weights_seen: what is known about the weights, as a sentence.
+        architecture: as in config.json.
+        parameters: "total", and "active": those one token meets.
+        in_force: dtypes and sizes by option name.
+        bytes: by purpose; "temporaries" is the estimate for the largest program.
+        total_bytes: their sum.
+        platform: "cpu", "gpu" or "tpu".
+        memory_bytes: of the machine or device; None when it can't be told.
+        allowed_bytes: the share of it that may be used.
+        fits: None when the memory is not known.
+        programs: "one_prompt" and "job" (prompts of any length, as many as there may be at once):
+            the sizes of the steps they compile.
+    """
+
+    model: str
+    weights_seen: str
+    architecture: str
+    parameters: Mapping[str, int]
+    in_force: Mapping[str, str | int | float]
+    bytes: Mapping[str, int]
+    total_bytes: int
+    platform: str
+    memory_bytes: int | None
+    allowed_bytes: int | None
+    fits: bool | None
+    programs: Mapping[str, tuple[ProgramSize, ...]]
+
+
+def run(
+    model: str | Path,
+    options: Mapping[str, Any],
+    hf_overrides: Mapping[str, object],
+    *,
+    prompt_tokens: int | None = None,
+    as_json: bool = False,
+) -> int:
+    """Print what a run would need; returns the exit code (3: it does not fit).
+
+    Args:
+        model: a folder or a preset's name.
+        options: fields of `EngineOptions` by name.
+        hf_overrides: config.json keys that replace the file's.
+        prompt_tokens: the prompt's length where it is known.
+        as_json: one JSON object in place of the table.
+
+    Raises:
+        UserError: anything wrong with model, config or options.
+    """
+    needs = plan(model, options, hf_overrides, prompt_tokens=prompt_tokens)
+    print(json.dumps(as_object(needs)) if as_json else as_text(needs), flush=True)
+    return EXIT_DOES_NOT_FIT if needs.fits is False else EXIT_OK
+
+
+def plan(
+    model: str | Path,
+    options: Mapping[str, Any],
+    hf_overrides: Mapping[str, object],
+    *,
+    prompt_tokens: int | None = None,
+) -> DryRun:
+    """Work out what a run would need; arguments and errors as `run`."""
+    from bailing_jax import runtime
+    from bailing_jax.engine_options import EngineOptions
+    from bailing_jax.model import param_dtype
+    from bailing_jax.params import describe
+
+    chosen = EngineOptions(**options)
+    config, weights_seen = _read(model, hf_overrides)
+    platform = runtime.platform()
+    runtime_options, limits = chosen.runtime(config, platform), chosen.limits(config)
+    spec = limits.state_spec(runtime_options.dtype, chosen.state_dtype)
+    params = describe(config)
+    programs = {"one_prompt": prompt_programs(limits, prompt_tokens), "job": job_programs(limits)}
+    # The step with the most rows does all that the others do.
+    largest = max(programs["job"], key=lambda size: size.decode_rows + size.prefill_rows)
+    needed = {
+        "weights": sum(p.size * param_dtype(p, runtime_options).itemsize for p in params),
+        **_state_bytes(config, spec),
+        "temporaries": temporary_bytes(config, runtime_options, limits, spec, largest, platform),
+    }
+    memory, total = runtime.memory_bytes(), sum(needed.values())
+    allowed = None if memory is None else int(memory * chosen.memory_fraction)
+    return DryRun(
+        model=str(model),
+        weights_seen=weights_seen,
+        architecture=config.architecture,
+        parameters={
+            "total": sum(param.size for param in params),
+            "active": _active_parameters(config, params),
+        },
+        in_force={
+            "dtype": runtime_options.dtype,
+            "state_dtype": chosen.state_dtype,
+            "max_num_seqs": limits.max_num_seqs,
+            "max_model_len": limits.max_model_len,
+            "prefill_chunk": limits.prefill_chunk,
+            "memory_fraction": chosen.memory_fraction,
+        },
+        bytes=needed,
+        total_bytes=total,
+        platform=platform,
+        memory_bytes=memory,
+        allowed_bytes=allowed,
+        fits=None if allowed is None else total <= allowed,
+        programs=programs,
+    )
+
+
+def as_object(needs: DryRun) -> dict[str, Any]:
+    """The plan as JSON has it; a program is an object of its sizes."""
+    programs = {job: [size._asdict() for size in sizes] for job, sizes in needs.programs.items()}
+    return {**dataclasses.asdict(needs), "programs": programs}
+
+
+def as_text(needs: DryRun) -> str:
+    """The plan as a table, with the flags that help when it does not fit."""
+    total, active = (needs.parameters[kind] / 1e6 for kind in ("total", "active"))
+    lines = [
+        f"{needs.model}: {needs.weights_seen}",
+        f"{needs.architecture}: {total:,.1f} M parameters, {active:,.1f} M active a token",
+        ", ".join(f"{name} {value}" for name, value in needs.in_force.items()),
+        "",
+        *(
+            _row(what.replace("_", " "), size, "(estimate)" if what == "temporaries" else "")
+            for what, size in needs.bytes.items()
+        ),
+        _row("total", needs.total_bytes),
+    ]
+    if needs.memory_bytes is None or needs.allowed_bytes is None:
+        lines.append(f"the memory of this {needs.platform} can't be told: whether it fits is open")
+    else:
+        lines += [
+            _row("memory", needs.memory_bytes, f"({needs.platform})"),
+            _row("allowed", needs.allowed_bytes),
+            "fits" if needs.fits else f"does not fit. {_what_helps(needs)}",
+        ]
+    lines += ["", "programs compiled (decode rows, prefill rows, prefill segments):"]
+    for job, sizes in needs.programs.items():
+        steps = "  ".join(f"({d}, {t}, {p})" for d, t, p in sizes)
+        lines.append(f"  {job.replace('_', ' '):<16}{steps}")
+    return "\n".join(lines)
+
+
+def _row(what: str, size: int, remark: str = "") -> str:
+    return f"  {what:<16}{size / _GIB:12.3f} GiB {remark}".rstrip()
+
+
+def _what_helps(needs: DryRun) -> str:
+    """The flags that make it smaller here, the most helpful first."""
+    force, size = needs.in_force, needs.bytes
+    least = size["weights"] // (2 if force["dtype"] == "float32" else 1)
+    if needs.memory_bytes is not None and least > needs.memory_bytes:
+        return "No flag makes the weights small enough for this machine."
+    helps = {
+        "--dtype bfloat16": force["dtype"] == "float32",
+        f"--max-num-seqs (now {force['max_num_seqs']})": force["max_num_seqs"] != 1,
+        f"--max-model-len (now {force['max_model_len']})": size["pages"] > 0,
+        "--state-dtype bfloat16": force["state_dtype"] == "float32" and size["recurrent_state"] > 0,
+        f"--prefill-chunk (now {force['prefill_chunk']})": force["prefill_chunk"] != 1,
+    }
+    smaller = ", ".join(flag for flag, does in helps.items() if does)
+    share = f" Larger: --memory-fraction (now {force['memory_fraction']:g})."
+    return f"Smaller: {smaller}.{share if force['memory_fraction'] != 1 else ''}"
+
+
+def _read(model: str | Path, hf_overrides: Mapping[str, object]) -> tuple[ModelConfig, str]:
+    """The config, and what is known about the weights; checks those that are there."""
+    from bailing_jax.checkpoint.load import match_native, match_released
+    from bailing_jax.config import ModelConfig
+    from bailing_jax.presets import find_preset, preset_names
+    from convert.native import is_native, open_native
+    from convert.source import CONFIG_NAME, open_source, read_json
+
+    folder = Path(model)
+    if not folder.exists():
+        preset = find_preset(str(model))
+        if preset is None:
+            names = ", ".join(preset_names())
+            raise UserError(
+                f"{model}: no such folder, and no preset of that name",
+                f"Presets: {names}",
+                EXIT_USAGE,
+            )
+        config = ModelConfig.from_hf(preset.hf_config, hf_overrides, where=preset.name)
+        assumed = sorted(set(preset.assumed) - set(hf_overrides))
+        remark = f"; assumed, not published: {', '.join(assumed)}" if assumed else ""
+        return config, f"a preset, its weights are random{remark}"
+    if is_native(folder):
+        with open_native(folder) as native:
+            config = native.model_config(hf_overrides)
+            weights = match_native(config, native)
+        return config, f"native, {weights.num_bytes / 1e6:,.1f} MB to read, complete"
+    where = folder / CONFIG_NAME
+    if where.exists() and not any(folder.glob("*.safetensors*")):
+        values = read_json(where, "the model config")
+        config = ModelConfig.from_hf(values, hf_overrides, where=str(where))
+        return config, "only its config.json was read; the weights are not there to look at"
+    with open_source(folder) as source:
+        config = ModelConfig.from_hf(source.config, hf_overrides, where=str(where))
+        weights = match_released(config, source)
+    return config, f"{weights.num_bytes / 1e6:,.1f} MB to read, complete"
+
+
+def _state_bytes(config: ModelConfig, spec: StateSpec) -> dict[str, int]:
+    """Bytes of slots and of pages, NULL included."""
+    from bailing_jax.layer_plan import layer_plan
+    from bailing_jax.state import leaf_shapes
+
+    held = {"recurrent_state": 0, "pages": 0}
+    for layer, leaf in zip(layer_plan(config), leaf_shapes(config, spec), strict=True):
+        purpose = "recurrent_state" if layer.attention == "lightning" else "pages"
+        held[purpose] += math.prod(leaf.shape) * leaf.dtype.itemsize
+    return held
+
+
+def _active_parameters(config: ModelConfig, params: Sequence[Param]) -> int:
+    """All but the routed experts a token is not sent to."""
+    moe = config.moe
+    return sum(
+        param.size * moe.num_experts_per_token // moe.num_experts
+        if param.axes[0] == "experts"
+        else param.size
+        for param in params
+    )
+
+
+def prompt_programs(
+    limits: EngineLimits, prompt_tokens: int | None = None
+) -> tuple[ProgramSize, ...]:
+    """The steps that one prompt compiles (of any length, when it is not known) and its answer."""
+    counts = range(1, limits.prefill_chunk + 1)
+    if prompt_tokens is not None:
+        chunk = limits.prefill_chunk
+        counts = {min(prompt_tokens, chunk), prompt_tokens % chunk} - {0}
+    sizes = {_prefill_size(limits, count) for count in counts}
+    return (*sorted(sizes), ProgramSize(1, 0, 0))
+
+
+def job_programs(limits: EngineLimits) -> tuple[ProgramSize, ...]:
+    """The steps that `max_num_seqs` requests of any length can compile."""
+    num_seqs = limits.max_num_seqs
+    decodes = {min(1 << i, num_seqs) for i in range(num_seqs.bit_length() + 1)}
+    prefills = {_prefill_size(limits, count) for count in range(1, limits.prefill_chunk + 1)}
+    return (*sorted(prefills), *(ProgramSize(d, 0, 0) for d in sorted(decodes)))
+
+
+def _prefill_size(limits: EngineLimits, count: int) -> ProgramSize:
+    """The step that takes in so many prompt tokens; as the engine chooses it."""
+    from bailing_jax.engine.engine import _MAX_SEGMENTS, _PREFILL_SIZES
+
+    rows = next((s for s in _PREFILL_SIZES if count <= s < limits.prefill_chunk), None)
+    segments = min(limits.max_num_seqs, _MAX_SEGMENTS)
+    return ProgramSize(limits.max_num_seqs, rows or limits.prefill_chunk, segments)
+
+
+def temporary_bytes(
+    config: ModelConfig,
+    runtime_options: RuntimeOptions,
+    limits: EngineLimits,
+    spec: StateSpec,
+    size: ProgramSize,
+    platform: str,
+) -> int:
+    """An estimate, from above, of what a step allocates while it runs, its logits included."""
+    import jax
+    from flax import nnx
+
+    from bailing_jax.batch import pack
+    from bailing_jax.cli.temporaries import peak_bytes
+    from bailing_jax.model import build, param_dtype
+    from bailing_jax.state import DecodeState, leaf_shapes
+
+    def shape(param: Param) -> Any:
+        return jax.ShapeDtypeStruct(param.shape, param_dtype(param, runtime_options))
+
+    model = build(config, runtime_options, shape)
+    graphdef, params = nnx.split(model)
+
+    def step(params, state, layout):
+        model = nnx.merge(graphdef, params)
+        x, state, _ = model(state, layout)
+        return model.logits(x[layout.logit_rows]), state
+
+    layout = pack(
+        [],
+        [],
+        num_decode=size.decode_rows,
+        num_prefill=size.prefill_rows,
+        num_segments=size.segments,
+        page_size=limits.page_size,
+        pages_a_sequence=limits.pages_a_sequence,
+    )
+    leaves: Any = leaf_shapes(config, spec)  # shapes stand for arrays, as in `shape`
+    state = DecodeState(leaves)
+    traced = jax.make_jaxpr(step)(params, state, layout)
+    return int(_MARGIN * peak_bytes(traced.jaxpr, platform))
