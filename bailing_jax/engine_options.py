@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bailing_jax.config import ModelConfig
 from bailing_jax.engine.engine import EngineLimits
-from bailing_jax.errors import EXIT_USAGE, UserError
+from bailing_jax.errors import bad_value
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.state import PAGE_SIZE
 from pallas_kernels import dispatch
@@ -58,26 +58,26 @@ class EngineOptions:
         for name in ("dtype", "rope_dtype"):
             value = getattr(self, name)
             if value is not None and value not in DTYPES:
-                raise _bad(name, value, ", ".join(DTYPES))
+                raise bad_value(name, value, ", ".join(DTYPES))
         if self.state_dtype not in DTYPES:
-            raise _bad("state_dtype", self.state_dtype, ", ".join(DTYPES))
+            raise bad_value("state_dtype", self.state_dtype, ", ".join(DTYPES))
         for name in ("max_num_seqs", "max_model_len", "prefill_chunk"):
             value = getattr(self, name)
             if name == "max_model_len" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise _bad(name, value, "an integer >= 1")
+                raise bad_value(name, value, "an integer >= 1")
         if not _is_fraction(self.memory_fraction):
-            raise _bad("memory_fraction", self.memory_fraction, "a number > 0 and <= 1")
+            raise bad_value("memory_fraction", self.memory_fraction, "a number > 0 and <= 1")
         if not _is_single(self.mesh):
-            raise _bad("mesh", self.mesh, "one device (sharding is not supported yet)")
+            raise bad_value("mesh", self.mesh, "one device (sharding is not supported yet)")
         if self.batch_invariant is not False:
             allowed = "False (exact mode is not supported yet)"
-            raise _bad("batch_invariant", self.batch_invariant, allowed)
+            raise bad_value("batch_invariant", self.batch_invariant, allowed)
         for operator in _OPERATORS:
             names = ("auto", *dispatch.implementations(operator))
             if self.kernels not in names:
-                raise _bad("kernels", self.kernels, ", ".join(names))
+                raise bad_value("kernels", self.kernels, ", ".join(names))
 
     def runtime(self, config: ModelConfig, platform: str) -> RuntimeOptions:
         """What the layers need to know."""
@@ -96,7 +96,7 @@ class EngineOptions:
         """
         length = self.max_model_len or min(config.max_positions, DEFAULT_MODEL_LEN)
         if length > config.max_positions:
-            raise _bad(
+            raise bad_value(
                 "max_model_len",
                 length,
                 f"up to {config.max_positions} (max_position_embeddings; hf_overrides changes it)",
@@ -116,7 +116,3 @@ def _is_fraction(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return 0 < value <= 1
-
-
-def _bad(name: str, value: object, allowed: str) -> UserError:
-    return UserError(f"{name} = {value!r}; allowed: {allowed}", exit_code=EXIT_USAGE)

@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     say: Say = (lambda _line: None) if args.quiet else _say
     warnings.showwarning = lambda message, *_args, **_kwargs: say(f"warning: {message}")
+    if sys.stdout is None and args.input is None:  # as after `>&-`
+        raise UserError("stdout is closed", "Let it lead somewhere; answers go there.", EXIT_USAGE)
     if args.env:
         from bailing_jax.cli import environment
 
@@ -102,6 +104,8 @@ def _chat(args: argparse.Namespace, say: Say) -> int:
     engine = _Engine(args, say)
     if args.warmup:
         engine.compile(None)
+    else:
+        say("the first answers wait while programs are compiled; --warmup compiles them before")
     with profile.profiling(args.profile, say):
         code = run_chat(
             engine.llm,

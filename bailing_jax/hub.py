@@ -44,7 +44,9 @@ def find(model: str, *, download: bool) -> Path:
                 model, local_files_only=not download, allow_patterns=list(PATTERNS)
             )
         )
-    except (OSError, ValueError) as error:  # what the library documents, and its subclasses
+    # Beside what it documents the library lets errors of its HTTP library through, which is another
+    # one in each of its versions.
+    except Exception as error:
         if not download:
             raise UserError(
                 f"{model}: no such folder, and not in the Hugging Face cache "
@@ -52,7 +54,7 @@ def find(model: str, *, download: bool) -> Path:
                 "Add --download to fetch it from the hub, or give the folder it lies in.",
                 EXIT_USAGE,
             ) from error
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{model}: cannot be fetched from the hub: {reason}",
             "Check the name, the network, and for a gated model HF_TOKEN.",

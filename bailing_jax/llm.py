@@ -199,11 +199,10 @@ class LLM:
         self, request: Request, on_piece: Callable[[StreamPiece], None] | None = None
     ) -> None:
         """Queue a prepared request; `on_piece` is called with every piece of every answer."""
-        for i, answer in enumerate(request.answers):
-            number = self._submit(
-                request.prompt_token_ids, request.params, i, answer, on_piece or _ignore
-            )
-            request.numbers.append(number)
+        for i in range(len(request.answers)):
+            # Known before it runs: what Ctrl-C interrupts here, `cancel` still finds.
+            request.numbers.append(self._engine.new_number())
+            self._submit(request, i, on_piece or _ignore)
 
     def is_unfinished(self, request: Request) -> bool:
         """Whether a submitted request has tokens to come."""
@@ -235,8 +234,8 @@ class LLM:
 
     def _stream(self, request: Request) -> Iterator[StreamPiece]:
         pieces: deque[StreamPiece] = deque()
-        self.submit(request, pieces.append)
         try:
+            self.submit(request, pieces.append)
             # Other calls may step the engine between two pieces, and finish this answer too.
             while pieces or self.is_unfinished(request):
                 while pieces:
@@ -348,20 +347,18 @@ class LLM:
         ]
 
     def _submit(
-        self,
-        ids: list[int],
-        params: SamplingParams,
-        index: int,
-        answer: Answer,
-        on_piece: Callable[[StreamPiece], None],
-    ) -> int:
+        self, request: Request, index: int, on_piece: Callable[[StreamPiece], None]
+    ) -> None:
+        params, answer = request.params, request.answers[index]
+
         def on_token(token: int, logprobs: dict[int, float] | None) -> bool:
             piece = answer.push(token, logprobs)
             on_piece(piece)
             return piece.finish_reason is not None
 
         seed = fresh_seed() if params.seed is None else (params.seed + index) % 2**64
-        return self._engine.submit(ids, replace(params, n=1), seed, on_token)
+        ids, number = request.prompt_token_ids, request.numbers[-1]
+        self._engine.submit(ids, replace(params, n=1), seed, on_token, number)
 
     def check_prompt(self, prompt: Prompt, what: str = "prompt") -> list[int]:
         """The token ids of a prompt that can be answered.

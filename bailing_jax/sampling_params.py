@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
-from bailing_jax.errors import EXIT_USAGE, UserError
+from bailing_jax.errors import EXIT_USAGE, UserError, bad_value
 
 MAX_LOGPROBS = 20
 MAX_COMPLETIONS = 64
 # Beyond, a penalty or a bias would turn float32 logits into infinities.
 _SMALL, _LARGE = 1e-30, 1e30
+_MAX_DIGITS = 20  # of a token id as JSON has it; Python reads no thousands of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,25 +68,25 @@ class SamplingParams:
         _number("min_p", self.min_p, 0, 1)
         _number("repetition_penalty", self.repetition_penalty, _SMALL, _LARGE)
         if not isinstance(self.ignore_eos, bool):
-            raise _bad("ignore_eos", self.ignore_eos, "true, false")
+            raise bad_value("ignore_eos", self.ignore_eos, "true, false")
         self._check_collections()
 
     def _check_collections(self) -> None:
         bias = {} if self.logit_bias is None else self.logit_bias
         if not isinstance(bias, Mapping) or None in bias.values():
-            raise _bad("logit_bias", bias, "a number for each token id")
+            raise bad_value("logit_bias", bias, "a number for each token id")
         for key, value in bias.items():
             _integer("logit_bias", key, 0)
             _number("logit_bias", value, -_LARGE, _LARGE)
         ids = () if self.stop_token_ids is None else self.stop_token_ids
         if not isinstance(ids, Sequence):
-            raise _bad("stop_token_ids", ids, "a list of token ids")
+            raise bad_value("stop_token_ids", ids, "a list of token ids")
         for token in ids:
             _integer("stop_token_ids", token, 0)
         if not isinstance(self.stop, str | Sequence | None) or not all(
             isinstance(string, str) for string in self.stop_strings
         ):
-            raise _bad("stop", self.stop, "a string, or a list of strings")
+            raise bad_value("stop", self.stop, "a string, or a list of strings")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -145,25 +147,29 @@ def from_mapping(values: Mapping[str, object], where: str) -> SamplingParams:
     bias = values.get("logit_bias")
     if isinstance(bias, Mapping):
         # JSON has string keys only.
-        if not all(str(key).isdecimal() for key in bias):
-            raise _bad("logit_bias", bias, "token ids as keys")
-        values = {**values, "logit_bias": {int(str(k)): v for k, v in bias.items()}}
+        keys = [str(key) for key in bias]
+        if not all(key.isdecimal() and len(key) <= _MAX_DIGITS for key in keys):
+            raise bad_value("logit_bias", bias, "token ids as keys")
+        ids = dict(zip(map(int, keys), bias.values(), strict=True))
+        if len(ids) != len(keys):
+            raise bad_value("logit_bias", bias, "each token id once")
+        values = {**values, "logit_bias": ids}
     return SamplingParams(**values)  # pyright: ignore[reportArgumentType]
-
-
-def _bad(name: str, value: object, allowed: str) -> UserError:
-    return UserError(f"{name} = {value!r}; allowed: {allowed}", exit_code=EXIT_USAGE)
 
 
 def _integer(name: str, value: object, low: int, high: int = 2**31 - 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise _bad(name, value, f"an integer from {low} to {high}")
+        raise bad_value(name, value, f"an integer from {low} to {high}")
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
     if value is None:
         return
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+            number = float(value)
     inside = math.isfinite(number) and low <= number <= high
     if not inside or (open_low and number == low):
-        raise _bad(name, value, f"a number {'>' if open_low else '>='} {low} and <= {high}")
+        most = "" if math.isinf(high) else f" and <= {high}"
+        raise bad_value(name, value, f"a number {'>' if open_low else '>='} {low}{most}")

@@ -176,3 +176,32 @@ def test_a_stream_is_checked_before_it_is_read(llm: LLM) -> None:
     for prompt, params in (([], greedy()), ([1], SamplingParams(n=2)), ([1], greedy(stop=""))):
         with pytest.raises(UserError):
             llm.stream(prompt, params)
+
+
+@pytest.mark.parametrize("moment", ["before", "queued", "after"])
+@pytest.mark.parametrize("call", ["generate", "stream"])
+def test_ctrl_c_while_submitting_leaves_no_request_behind(
+    monkeypatch: pytest.MonkeyPatch, moment: str, call: str
+) -> None:
+    """A request nobody knows the number of would run on, beside all that follow."""
+    llm = linear_llm()
+    target: Any = llm._engine._scheduler if moment == "queued" else llm._engine
+    real = target.submit
+
+    def submit(*args: Any) -> Any:
+        if moment != "before":
+            real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target, "submit", submit)
+    calls = {
+        "generate": lambda: llm.generate([[1, 2], [3]], greedy(4)),
+        "stream": lambda: next(llm.stream([1, 2], greedy(4))),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        calls[call]()
+    monkeypatch.undo()
+    assert is_idle(llm)
+    assert not llm._engine._requests
+    (output,) = llm.generate([5, 6], greedy(3, ignore_eos=True))[0].outputs
+    assert len(output.token_ids) == 3

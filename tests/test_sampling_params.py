@@ -159,6 +159,30 @@ def test_a_json_bias_needs_token_ids_as_keys(key: str) -> None:
         from_mapping({"logit_bias": {key: 1.0}}, "w")
 
 
+@pytest.mark.parametrize("values", [{"1": 1.0, "01": 2.0}, {"3": 1.0, "٣": 2.0}, {"7": 1, 7: 2}])
+def test_a_token_is_biased_once(values: dict[Any, float]) -> None:
+    with pytest.raises(UserError, match="allowed: each token id once"):
+        from_mapping({"logit_bias": values}, "w")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 10**400) for name in ("temperature", "top_p", "repetition_penalty", "max_tokens")),
+        *((name, 10**5000) for name in ("temperature", "seed", "n")),  # Python can't write these
+        ("logit_bias", {"1" * 5000: 1.0}),
+        ("logit_bias", {5: 10**400}),
+        ("stop_token_ids", [10**5000]),
+        ("top_k", "x" * 9000),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 30 else "huge",
+)
+def test_no_value_is_too_long_to_be_refused_in_a_line(name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"^{name} = ") as caught:
+        from_mapping({name: value}, "w")
+    assert len(caught.value.message) < 200
+
+
 def test_unknown_json_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"w: unknown sampling field best_of, use_beam") as caught:
         from_mapping({"use_beam": True, "n": 1, "best_of": 2}, "w")

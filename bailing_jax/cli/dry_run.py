@@ -14,8 +14,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from bailing_jax.engine.sizes import ProgramSize, job_programs, prompt_programs
 from bailing_jax.errors import EXIT_DOES_NOT_FIT, EXIT_OK, EXIT_USAGE, UserError
 
 if TYPE_CHECKING:
@@ -33,14 +34,6 @@ _GIB = 2**30
 # real widths with 1, 8 and 32 sequences, and the tests' tiny models. The lowest is bfloat16 with
 # one sequence. On a GPU nobody has measured it yet. tests/cli/test_dry_run.py measures again.
 _MARGIN = 1.4
-
-
-class ProgramSize(NamedTuple):
-    """The static sizes of a step: decode rows D, prefill rows T, prefill segments P."""
-
-    decode_rows: int
-    prefill_rows: int
-    segments: int
 
 
 @dataclass(frozen=True)
@@ -166,10 +159,12 @@ def as_object(needs: DryRun) -> dict[str, Any]:
 def as_text(needs: DryRun) -> str:
     """The plan as a table, with the flags that help when it does not fit."""
     total, active = (needs.parameters[kind] / 1e6 for kind in ("total", "active"))
+    in_force = [f"{name} {value}" for name, value in needs.in_force.items()]
     lines = [
         f"{needs.model}: {needs.weights_seen}",
         f"{needs.architecture}: {total:,.1f} M parameters, {active:,.1f} M active a token",
-        ", ".join(f"{name} {value}" for name, value in needs.in_force.items()),
+        ", ".join(in_force[:2]),
+        ", ".join(in_force[2:]),
         "",
         *(
             _row(what.replace("_", " "), size, "(estimate)" if what == "temporaries" else "")
@@ -273,35 +268,6 @@ def _active_parameters(config: ModelConfig, params: Sequence[Param]) -> int:
         else param.size
         for param in params
     )
-
-
-def prompt_programs(
-    limits: EngineLimits, prompt_tokens: int | None = None
-) -> tuple[ProgramSize, ...]:
-    """The steps that one prompt compiles (of any length, when it is not known) and its answer."""
-    counts = range(1, limits.prefill_chunk + 1)
-    if prompt_tokens is not None:
-        chunk = limits.prefill_chunk
-        counts = {min(prompt_tokens, chunk), prompt_tokens % chunk} - {0}
-    sizes = {_prefill_size(limits, count) for count in counts}
-    return (*sorted(sizes), ProgramSize(1, 0, 0))
-
-
-def job_programs(limits: EngineLimits) -> tuple[ProgramSize, ...]:
-    """The steps that `max_num_seqs` requests of any length can compile."""
-    num_seqs = limits.max_num_seqs
-    decodes = {min(1 << i, num_seqs) for i in range(num_seqs.bit_length() + 1)}
-    prefills = {_prefill_size(limits, count) for count in range(1, limits.prefill_chunk + 1)}
-    return (*sorted(prefills), *(ProgramSize(d, 0, 0) for d in sorted(decodes)))
-
-
-def _prefill_size(limits: EngineLimits, count: int) -> ProgramSize:
-    """The step that takes in so many prompt tokens; as the engine chooses it."""
-    from bailing_jax.engine.engine import _MAX_SEGMENTS, _PREFILL_SIZES
-
-    rows = next((s for s in _PREFILL_SIZES if count <= s < limits.prefill_chunk), None)
-    segments = min(limits.max_num_seqs, _MAX_SEGMENTS)
-    return ProgramSize(limits.max_num_seqs, rows or limits.prefill_chunk, segments)
 
 
 def temporary_bytes(

@@ -159,11 +159,12 @@ def sampling_fields(args: argparse.Namespace) -> dict[str, object]:
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `EngineOptions`, as `LLM` takes them."""
+    default = DEFAULT_JOB_SEQS if args.input else 1
     return {
         "dtype": args.dtype,
         "state_dtype": args.state_dtype,
         "rope_dtype": args.rope_dtype,
-        "max_num_seqs": args.max_num_seqs or (DEFAULT_JOB_SEQS if args.input else 1),
+        "max_num_seqs": default if args.max_num_seqs is None else args.max_num_seqs,
         "max_model_len": args.max_model_len,
         "prefill_chunk": args.prefill_chunk,
         "memory_fraction": args.memory_fraction,

@@ -191,7 +191,9 @@ class _Run:
             self._say(self._progress.total(self._written))
         except KeyboardInterrupt:
             self._output.sync()
-            left = f"{len(self._left) - self._written} of {len(self._requests)} requests are left"
+            # A terminal has just shown ^C, and stays on its line.
+            left = "\n" * sys.stderr.isatty()
+            left += f"{len(self._left) - self._written} of {len(self._requests)} requests are left"
             self._say(left + "; the same command goes on" * self._output.goes_on)
             raise
         finally:

@@ -45,10 +45,14 @@ def answer(
         if streams:
             shown.push(piece)
 
-    llm.submit(request, on_piece)
     try:
+        llm.submit(request, on_piece)
         while llm.is_unfinished(request):
             llm.step()
+    except KeyboardInterrupt:
+        if streams:
+            shown.end()
+        raise
     finally:
         llm.cancel(request)
     outputs = request.output().outputs

@@ -15,16 +15,15 @@ import numpy as np
 
 from bailing_jax.batch import BatchLayout, pack
 from bailing_jax.config import ModelConfig
-from bailing_jax.engine import sampler
+from bailing_jax.engine import sampler, sizes
 from bailing_jax.engine.pages import PageLedger
 from bailing_jax.engine.programs import Programs
 from bailing_jax.engine.scheduler import Scheduler, Sequence, StepPlan
+from bailing_jax.engine.sizes import ProgramSize
 from bailing_jax.engine.slots import SlotLedger
+from bailing_jax.row import Row
 from bailing_jax.sampling_params import SamplingParams
 from bailing_jax.state import DecodeState, StateSpec, allocate
-
-_PREFILL_SIZES = (64, 256, 1024)
-_MAX_SEGMENTS = 32
 
 # Called with a token and its log probabilities; returns whether the request is done.
 OnToken = Callable[[int, dict[int, float] | None], bool]
@@ -82,9 +81,6 @@ class Engine:
         self._spec = spec
         self._count = 0
         self._start_afresh()
-        self._prefill_sizes = sorted(
-            {*(s for s in _PREFILL_SIZES if s < limits.prefill_chunk), limits.prefill_chunk}
-        )
 
     def _start_afresh(self) -> None:
         """No requests, free ledgers and a new state."""
@@ -93,7 +89,7 @@ class Engine:
             slots=SlotLedger(self._limits.max_num_seqs),
             pages=PageLedger(self._spec.num_pages - 1, self._limits.page_size),
             prefill_budget=self._limits.prefill_chunk,
-            max_segments=min(self._limits.max_num_seqs, _MAX_SEGMENTS),
+            max_segments=sizes.max_segments(self._limits),
         )
         self._state = DecodeState(())  # gives the old one's memory back first
         self._state = allocate(self._config, self._spec)
@@ -107,16 +103,33 @@ class Engine:
         """Whether the request of this number has tokens to come."""
         return number in self._requests
 
-    def submit(
-        self, prompt: list[int], params: SamplingParams, seed: int, on_token: OnToken
-    ) -> int:
-        """Queue a request of resolved params; returns its number."""
+    def new_number(self) -> int:
+        """The number of a request to come; until it is submitted it is as one that finished."""
         self._count += 1
-        length = min(len(prompt) + params.max_tokens, self._limits.max_model_len)
-        sequence = Sequence(self._count, list(prompt), len(prompt), length)
-        self._scheduler.submit(sequence)
-        self._requests[self._count] = _Request(sequence, params, seed, on_token)
         return self._count
+
+    def submit(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        seed: int,
+        on_token: OnToken,
+        number: int | None = None,
+    ) -> int:
+        """Queue a request of resolved params; returns its number.
+
+        Who gives the number, from `new_number`, can cancel whatever Ctrl-C leaves of this.
+        """
+        number = self.new_number() if number is None else number
+        length = min(len(prompt) + params.max_tokens, self._limits.max_model_len)
+        sequence = Sequence(number, list(prompt), len(prompt), length)
+        self._requests[number] = _Request(sequence, params, seed, on_token)
+        try:
+            self._scheduler.submit(sequence)
+        except BaseException:
+            self.cancel(number)
+            raise
+        return number
 
     def cancel(self, number: int) -> None:
         """End a request at once; unknown or finished ones are ignored."""
@@ -129,13 +142,9 @@ class Engine:
 
         Nothing runs on the state: only shapes are needed.
         """
-        chunk = self._limits.prefill_chunk
-        counts = {min(num_prompt, chunk), num_prompt % chunk} - {0}
-        plans = [StepPlan((), ((Sequence(0, [0] * n, n, n), n),)) for n in counts]
-        if params.max_tokens > 1:
-            plans.append(StepPlan((Sequence(0, [0, 0], 1, 2, num_computed=1),), ()))
-        for plan in plans:
-            self._compile(plan, params)
+        for size in sizes.prompt_programs(self._limits, num_prompt):
+            if size.prefill_rows or params.max_tokens > 1:
+                self._compile(size, params)
 
     def warm_up_all(self, params: SamplingParams, report: Callable[[str], None]) -> None:
         """Compile every program these limits can need, for requests of resolved params.
@@ -144,22 +153,14 @@ class Engine:
             params: what is sampled with; other parameters may compile a sampler of their own.
             report: called with a line before each program.
         """
-        most = self._limits.max_num_seqs
-        counts = sorted({*(1 << i for i in range(most.bit_length())), most})
-        decoding = Sequence(0, [0, 0], 1, 2, num_computed=1)
-        plans = [StepPlan((decoding,) * count, ()) for count in counts if count <= most]
-        for size in self._prefill_sizes:
-            plans.append(StepPlan((), ((Sequence(0, [0] * size, size, size), size),)))
-        for i, plan in enumerate(plans, start=1):
-            num_decode, num_prefill, _ = self._sizes(plan)
-            report(
-                f"compiling {i} of {len(plans)}: {num_decode} decode rows"
-                + (f", {num_prefill} prefill rows" if num_prefill else "")
-            )
-            self._compile(plan, params)
+        programs = sizes.job_programs(self._limits)
+        for i, size in enumerate(programs, start=1):
+            prefill = f", {size.prefill_rows} prefill rows" if size.prefill_rows else ""
+            report(f"compiling {i} of {len(programs)}: {size.decode_rows} decode rows{prefill}")
+            self._compile(size, params)
 
-    def _compile(self, plan: StepPlan, params: SamplingParams) -> None:
-        layout = self._layout(plan, dry=True)
+    def _compile(self, size: ProgramSize, params: SamplingParams) -> None:
+        layout = self._pack([], [], size)
         self._programs.compile_step(self._state, layout)
         logits = jnp.zeros((layout.logit_rows.shape[0], self._config.vocab_size), jnp.float32)
         sampler.sample(logits, [0], [sampler.Choice(params, [0], 0)])
@@ -203,27 +204,26 @@ class Engine:
         if done or len(sequence.tokens) >= sequence.max_length:
             self.cancel(sequence.number)
 
-    def _layout(self, plan: StepPlan, *, dry: bool = False) -> BatchLayout:
-        """The step's arrays; a dry layout has the same sizes and names no slot or page."""
-        num_decode, num_prefill, num_segments = self._sizes(plan)
+    def _layout(self, plan: StepPlan) -> BatchLayout:
+        """The step's arrays."""
+        if plan.segments:
+            size = sizes.prefill_size(self._limits, plan.num_prefill_tokens)
+        else:
+            size = sizes.decode_size(self._limits, len(plan.decodes))
+        return self._pack(plan.decode_rows(), plan.segment_rows(), size)
+
+    def _pack(
+        self, decodes: list[Row], segments: list[Row], size: ProgramSize
+    ) -> BatchLayout:
         return pack(
-            [] if dry else plan.decode_rows(),
-            [] if dry else plan.segment_rows(),
-            num_decode=num_decode,
-            num_prefill=num_prefill,
-            num_segments=num_segments,
+            decodes,
+            segments,
+            num_decode=size.decode_rows,
+            num_prefill=size.prefill_rows,
+            num_segments=size.segments,
             page_size=self._limits.page_size,
             pages_a_sequence=self._limits.pages_a_sequence,
         )
-
-    def _sizes(self, plan: StepPlan) -> tuple[int, int, int]:
-        """The static size (D, T, P) of a step; few distinct ones, for each is a program."""
-        if not plan.segments:
-            size = 1 << (len(plan.decodes) - 1).bit_length()
-            return min(size, self._limits.max_num_seqs), 0, 0
-        num_prefill = next(s for s in self._prefill_sizes if s >= plan.num_prefill_tokens)
-        num_segments = min(self._limits.max_num_seqs, _MAX_SEGMENTS)
-        return self._limits.max_num_seqs, num_prefill, num_segments
 
 
 def fresh_seed() -> int:

@@ -136,9 +136,11 @@ class Scheduler:
             sequence.num_computed += count
 
     def remove(self, sequence: Sequence) -> None:
-        """End a request at any point and take its slot and pages back."""
+        """End a request at any point, queued or not, and take its slot and pages back."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
+            return
+        if sequence not in self.running:
             return
         self.running.remove(sequence)
         if sequence.slot is not None:

@@ -205,7 +205,10 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 def _check_args(args: Mapping[str, object], reserved: Sequence[str]) -> None:
     for name, value in args.items():
         if not isinstance(name, str) or not name.isidentifier() or name in reserved:
-            raise _refused(f"template argument {name!r} is not a name that can be set")
+            raise _refused(
+                f"template argument {name!r:.60} is not a name that can be set",
+                f"Give another; not to be set: {', '.join(reserved)}",
+            )
         if name in _LIST_ARGUMENTS:
             objects = isinstance(value, list) and all(isinstance(v, Mapping) for v in value)
             good, allowed = value is None or objects, "a list of objects"

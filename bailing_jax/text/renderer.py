@@ -71,7 +71,8 @@ class Renderer:
             raise self._died(status)
         reply = json.loads(answer)
         if "error" in reply:
-            raise UserError(f"{self._where}{reply['error']}", "", EXIT_USAGE)
+            hint = "Change the messages or the template's arguments, or leave out the template."
+            raise UserError(f"{self._where}{reply['error']}", hint, EXIT_USAGE)
         return reply["text"]
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -97,6 +98,9 @@ class Renderer:
         return UserError(f"{self._where}: the chat template {what}", hint)
 
 
+_OTHER_TEMPLATE = "Use the template released with the checkpoint."
+
+
 def check_syntax(source: str, where: str) -> None:
     """Raise UserError unless Jinja can parse the template."""
     from jinja2 import TemplateSyntaxError
@@ -105,9 +109,10 @@ def check_syntax(source: str, where: str) -> None:
         _environment().parse(source)
     except TemplateSyntaxError as error:
         what = f"{where}, line {error.lineno} of the chat template: {error.message}"
-        raise UserError(what, "", EXIT_USAGE) from error
+        raise UserError(what, _OTHER_TEMPLATE, EXIT_USAGE) from error
     except RecursionError as error:
-        raise UserError(f"{where}: the chat template nests too deep", "", EXIT_USAGE) from error
+        what = f"{where}: the chat template nests too deep"
+        raise UserError(what, _OTHER_TEMPLATE, EXIT_USAGE) from error
 
 
 # The parent's side of the child process.

@@ -138,7 +138,17 @@ class Tokenizer:
                 "Decode the input as UTF-8 before passing it on.",
                 EXIT_USAGE,
             ) from error
-        return self._library.encode(text, add_special_tokens=False).ids if text else []
+        try:
+            return self._library.encode(text, add_special_tokens=False).ids if text else []
+        except BaseException as error:
+            # The library's panics are no Exception, and their class can't be imported.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UserError(
+                f"{FILE_NAME} can't split this text: {error}",
+                "Shorten the text, or take the file of the released checkpoint.",
+                EXIT_USAGE,
+            ) from error
 
 
 class TextStream:

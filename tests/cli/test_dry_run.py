@@ -29,12 +29,11 @@ from tiny_models import (
 from bailing_jax import LLM, runtime
 from bailing_jax.batch import pack
 from bailing_jax.cli import dry_run
-from bailing_jax.cli.dry_run import ProgramSize, job_programs, plan, prompt_programs
+from bailing_jax.cli.dry_run import plan
 from bailing_jax.cli.temporaries import peak_bytes
 from bailing_jax.config import ModelConfig
-from bailing_jax.engine.engine import Engine, EngineLimits
 from bailing_jax.engine.programs import Programs
-from bailing_jax.engine.scheduler import Sequence, StepPlan
+from bailing_jax.engine.sizes import ProgramSize, job_programs, prompt_programs
 from bailing_jax.engine_options import EngineOptions
 from bailing_jax.errors import EXIT_DOES_NOT_FIT, EXIT_OK, EXIT_USAGE, UserError
 from bailing_jax.layer_plan import layer_plan
@@ -106,26 +105,6 @@ def test_a_mixed_batch_compiles_the_programs_listed() -> None:
     assert len(listed) == 5
 
 
-@pytest.mark.parametrize("num_seqs", [1, 3, 8, 40])
-@pytest.mark.parametrize("chunk", [16, 64, 65, 300, 1500])
-def test_sizes_are_the_engines(num_seqs: int, chunk: int) -> None:
-    limits = EngineLimits(num_seqs, 128, chunk, 64)
-    config = ModelConfig.from_hf(SHALLOW)
-    spec = limits.state_spec("bfloat16", "float32")
-    engine = Engine(Programs(abstract_model(config)), config, limits, spec)
-
-    def prefill(count: int) -> ProgramSize:
-        sequence = Sequence(0, [0] * count, count, count)
-        return ProgramSize(*engine._sizes(StepPlan((), ((sequence, count),))))
-
-    for count in range(1, chunk + 1):
-        assert prompt_programs(limits, count) == (prefill(count), (1, 0, 0))
-    one = Sequence(0, [0, 0], 1, 2, num_computed=1)
-    decodes = {engine._sizes(StepPlan((one,) * n, ())) for n in range(1, num_seqs + 1)}
-    prefills = {prefill(count) for count in range(1, chunk + 1)}
-    assert sorted(job_programs(limits)) == sorted(prefills | decodes)
-
-
 def abstract_model(config: ModelConfig, dtype: str = "float32") -> Any:
     return abstract(config, EngineOptions(dtype=dtype).runtime(config, "cpu"))
 
@@ -185,7 +164,7 @@ def test_temporaries_bound_what_xla_allocates(
         (lambda x: (x.at[0].set(0), jnp.sort(x)), 2),  # who sorts still needs the old row
         (lambda x: jax.lax.fori_loop(0, 3, lambda _, y: jnp.sort(y), jnp.sort(x)), 2),
         (lambda x: jax.lax.cond(x[0] > 0, jnp.sin, jnp.cos, jnp.sort(x)), 2),
-        (jax.custom_jvp(lambda x: jnp.sort(x)), 1),
+        (lambda x: jax.nn.relu(jnp.sort(x)), 2),  # a custom_jvp
         (lambda x: pallas_call(lambda a, b: None, out_shape=x)(jnp.sort(x)), 2),
     ],
 )
@@ -199,6 +178,7 @@ def test_peaks_of_small_programs(program: Callable[..., Any], wanted: int) -> No
 # Nothing is read or allocated that need not be.
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_largest_preset_takes_little_memory_and_time() -> None:
     """4 TB of weights, within 4 GB of address space."""
     code = """
@@ -207,7 +187,9 @@ resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 from bailing_jax.cli import dry_run
 code = dry_run.run("ling-2.6-1t", {"dtype": "float32"}, {}, as_json=True)
 used = resource.getrusage(resource.RUSAGE_SELF)
-print(code, used.ru_maxrss, used.ru_utime + used.ru_stime)
+# Not ru_maxrss, which begins with what the parent used.
+(peak,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(code, peak, used.ru_utime + used.ru_stime)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -220,7 +202,7 @@ print(code, used.ru_maxrss, used.ru_utime + used.ru_stime)
     assert needs["fits"] is False
     code, peak, seconds = last.split()
     assert int(code) == EXIT_DOES_NOT_FIT
-    assert int(peak) < 600_000  # kilobytes; jax alone takes 150_000
+    assert int(peak) < 600_000  # kilobytes; 250_000 seen, of which jax alone takes 150_000
     assert float(seconds) < 20  # 2.7 on an idle machine
 
 
