@@ -33,12 +33,22 @@ _PROCESS_BYTES = 192 * 2**20  # interpreter, numpy, headers; the plan of 10**12 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
+class Progress(Protocol):
+    """Told what happens; called from several threads."""
+
+    def begin(self, total_bytes: int, finished_bytes: int) -> None:
+        """Say how many bytes of tensors there are, and how many an earlier process wrote."""
+
+    def add(self, tensor: str, num_bytes: int) -> None:
+        """Some bytes of a tensor are written."""
+
+
 @dataclass(frozen=True)
 class OutTensor:
     """A tensor to be written.
 
-    `blocks` makes C-ordered arrays whose bytes, one after another, are the tensor's; while it
-    runs it holds at most `memory` bytes.
+    `blocks` makes C-ordered arrays whose bytes, one after another, are the tensor's; each is good
+    until the next is asked for. While it runs it holds at most `memory` bytes and a few slabs.
     """
 
     name: str
@@ -106,6 +116,7 @@ class Conversion:
         check_unchanged: raises UserError if the source is not what it was.
         notes: remarks for the user, added to while blocks are made.
         folder: made after the weights; when a conversion is resumed, made anew.
+        check: run before anything is written; what it reads are `check_bytes`.
     """
 
     files: tuple[OutFile, ...]
@@ -116,6 +127,8 @@ class Conversion:
     check_unchanged: Callable[[], None]
     notes: list[str]
     folder: Folder | None = None
+    check: Callable[[Workers, Progress], None] | None = None
+    check_bytes: int = 0
 
     @property
     def data_bytes(self) -> int:
@@ -130,9 +143,19 @@ class Conversion:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes the folder will need, but for what `last` makes."""
-        small = sum(map(len, self.small.values()))
-        return small + self.data_bytes + sum(len(file.header()) for file in self.files)
+        """Bytes the folder will need."""
+        digest = "0" * 64  # as long as the real ones
+        records = {
+            file.name: {
+                "bytes": len(file.header()) + file.data_bytes,
+                "header_sha256": digest,
+                "tensors": {tensor.name: digest for tensor in file.tensors},
+            }
+            for file in self.files
+        }
+        small = {**self.small, **self.last(records)}
+        weights = sum(record["bytes"] for record in records.values())
+        return self._folder_bytes + weights + sum(map(len, small.values()))
 
     @property
     def _folder_bytes(self) -> int:
@@ -141,16 +164,6 @@ class Conversion:
     def peak_memory(self, workers: int) -> int:
         """An upper bound of the bytes of memory `write` needs."""
         return _budget(self) + 4 * workers * SLAB_BYTES + _PROCESS_BYTES
-
-
-class Progress(Protocol):
-    """Told what happens; called from several threads."""
-
-    def begin(self, total_bytes: int, finished_bytes: int) -> None:
-        """Say how many bytes of tensors there are, and how many an earlier process wrote."""
-
-    def add(self, tensor: str, num_bytes: int) -> None:
-        """Some bytes of a tensor are written."""
 
 
 @dataclass(frozen=True)
@@ -178,11 +191,6 @@ def write(conversion: Conversion, path: Path, workers: int, progress: Progress) 
             return Outcome(0, 0, already_complete=True)
         try:
             return _write(conversion, folder, workers, progress)
-        except UserError as error:
-            # A disk that failed may work again. What was wrong with the input stays wrong.
-            if not isinstance(error.__cause__, OSError):
-                folder.discard()
-            raise
         except OSError as error:
             raise not_written(path, error) from error
 
@@ -195,12 +203,20 @@ def _write(
     finished = sum(f.data_bytes for f in conversion.files if f.name in folder.finished)
     made = sum(record["bytes"] for record in folder.finished.values())
     check_free(folder.path, conversion.total_bytes - made)
-    progress.begin(conversion.data_bytes, finished)
+    progress.begin(conversion.check_bytes + conversion.data_bytes, finished)
     threads = Workers(workers, _budget(conversion))
-    threads.for_each(_FileWriter(folder, threads, progress).write, pending)
-    if conversion.folder:
-        conversion.folder.make(folder.files / conversion.folder.name)
-    conversion.check_unchanged()
+    try:
+        if conversion.check:
+            conversion.check(threads, progress)
+        threads.for_each(_FileWriter(folder, threads, progress).write, pending)
+        if conversion.folder:
+            conversion.folder.make(folder.files / conversion.folder.name)
+        conversion.check_unchanged()
+    except UserError as error:
+        # A disk that failed may work again. What was wrong with the input stays wrong.
+        if not isinstance(error.__cause__, OSError):
+            folder.discard()
+        raise
     for name, content in conversion.small.items():
         folder.write_small(name, content)
     for name, content in conversion.last(folder.finished).items():
