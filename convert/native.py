@@ -27,7 +27,7 @@ from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.params import Param, describe
 from convert.mapping import SLAB_BYTES
 from convert.plan import READABLE
-from convert.safetensors_file import SafetensorsFile, TensorInfo, malformed, open_regular, show
+from convert.safetensors_file import SafetensorsFile, TensorInfo, open_regular
 from convert.source import (
     CONFIG_NAME,
     CheckpointSource,
@@ -35,6 +35,7 @@ from convert.source import (
     read_headers,
     read_json,
 )
+from convert.strict_json import malformed, show
 from convert.values import check_values
 
 MANIFEST_NAME = "manifest.json"

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from bailing_jax.errors import EXIT_FAILURE, EXIT_USAGE, UserError
-from convert.safetensors_file import show
 from convert.source import read_json
+from convert.strict_json import show
 
 _TEMPORARY = ".tmp"
 _JOURNAL_LIMIT = 100_000_000

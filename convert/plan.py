@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from bailing_jax.config import ModelConfig
 from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.params import Param, Source, describe, unused_reason
-from convert.safetensors_file import TensorInfo, show
+from convert.safetensors_file import TensorInfo
+from convert.strict_json import show
 
 READABLE = ("float32", "bfloat16", "float16")
 _LONGEST_NAME = 160  # characters of a name that messages show whole

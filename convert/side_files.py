@@ -21,16 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from bailing_jax.errors import UserError
-from convert.safetensors_file import (
-    DOWNLOAD_AGAIN,
-    malformed,
-    open_regular,
-    parse_json,
-    read_exactly,
-    refuse_lfs_pointer,
-    show,
-)
+from convert.safetensors_file import open_regular, read_exactly, refuse_lfs_pointer
 from convert.source import CONFIG_NAME, INDEX_NAME, check_contained
+from convert.strict_json import DOWNLOAD_AGAIN, malformed, parse_json, show
 
 MAX_BYTES = 16 * 2**20
 MAX_VOCABULARY_BYTES = 64_000_000  # what bailing_jax.text.tokenizer reads

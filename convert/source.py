@@ -19,18 +19,15 @@ import numpy as np
 
 from bailing_jax.errors import EXIT_USAGE, UserError
 from convert.safetensors_file import (
-    DOWNLOAD_AGAIN,
     SafetensorsFile,
     SafetensorsHeader,
     TensorInfo,
-    malformed,
     open_regular,
-    parse_json,
     read_exactly,
     read_header,
     refuse_lfs_pointer,
-    show,
 )
+from convert.strict_json import DOWNLOAD_AGAIN, malformed, parse_json, show
 from convert.values import check_values
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -22,8 +22,9 @@ from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.params import Source
 from convert.mapping import copy, in_order, slab_rows
 from convert.native import MANIFEST_NAME, NativeFolder, NativeTensor, check_params, sha256_of
-from convert.safetensors_file import malformed, read_header, show
+from convert.safetensors_file import read_header
 from convert.source import INDEX_NAME
+from convert.strict_json import malformed, show
 from convert.to_native import byte_slabs
 from convert.values import check_values
 from convert.workers import Workers

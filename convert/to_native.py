@@ -30,9 +30,10 @@ from convert.native import (
 )
 from convert.output_folder import first_difference
 from convert.plan import Match, match
-from convert.safetensors_file import TensorInfo, parse_json
+from convert.safetensors_file import TensorInfo
 from convert.side_files import side_files
 from convert.source import CONFIG_NAME, CheckpointSource, read_json
+from convert.strict_json import parse_json
 from convert.values import check_values
 from convert.writer import Conversion, OutFile, OutTensor
 

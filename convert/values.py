@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.safetensors_file import malformed, show
+from convert.strict_json import malformed, show
 
 # Larger magnitudes are finite in bfloat16 and float32 and yet never a trained weight. A value of
 # bfloat16: what passes as it is then also passes widened to float32, or narrowed from it.

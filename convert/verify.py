@@ -18,8 +18,8 @@ from convert.mapping import SLAB_BYTES
 from convert.native import NativeFolder, NativeTensor, open_native, sha256_of
 from convert.output_folder import first_difference
 from convert.plan import match
-from convert.safetensors_file import show
 from convert.source import CONFIG_NAME, CheckpointSource, open_source
+from convert.strict_json import show
 from convert.to_hf import checkpoint_tensors, restored, restored_dtype
 from convert.to_native import same_bytes
 from convert.values import check_values

@@ -22,7 +22,8 @@ from bailing_jax.errors import EXIT_DOES_NOT_FIT, EXIT_USAGE, UserError
 from bailing_jax.params import Shape
 from convert.mapping import SLAB_BYTES
 from convert.output_folder import OutputFolder, locked, not_written, write_all
-from convert.safetensors_file import DTYPES, malformed, show
+from convert.safetensors_file import DTYPES
+from convert.strict_json import malformed, show
 from convert.workers import Workers
 
 DATA_ALIGNMENT = 4096  # where a file's data begins: tensors can then be mapped as they lie

@@ -221,6 +221,26 @@ def test_a_dry_run_in_words(made: Path, tmp_path: Path, run: Run) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_groups_layers_of_one_kind(tmp_path: Path, run: Run) -> None:
+    source = checkpoint(V2, "alike", num_hidden_layers=5)
+    source.write(tmp_path / "hf")
+    args = ("hf-to-native", tmp_path / "hf", tmp_path / "out", "--dry-run")
+    groups = json.loads(run(*args, "--json").out)["groups"]
+    (alike,) = [group for group in groups if group["files"] > 1]
+    wanted = native_arrays(source)
+    layers = [wanted[f"layer-{layer:03d}.safetensors"] for layer in range(1, 5)]
+    assert (alike["first_file"], alike["last_file"]) == (
+        "layer-001.safetensors",
+        "layer-004.safetensors",
+    )
+    assert (alike["files"], alike["tensors"]) == (4, len(layers[0]))
+    assert alike["bytes"] == sum(a.nbytes for arrays in layers for a in arrays.values())
+    assert alike["dtypes"] == ["bfloat16", "float32"]
+    total = sum(a.nbytes for arrays in wanted.values() for a in arrays.values())
+    assert sum(group["bytes"] for group in groups) == total
+    assert f"layer-001 ... layer-004.safetensors      4 x {len(layers[0]):>5}" in run(*args).out
+
+
 def test_a_dry_run_needs_a_place_to_be(made: Path, tmp_path: Path, run: Run) -> None:
     said = run("hf-to-native", made / "hf", tmp_path / "absent" / "out", "--dry-run")
     assert (said.code, said.out) == (2, "")
@@ -334,8 +354,10 @@ def test_progress_names_tensors_rates_and_memory(
     args = [tmp_path / "out" if word == "OUT" else made / word for word in words[1:]]
     said = run(words[0], *args, "--workers", "1")
     found = [match for line in said.err.splitlines() if (match := LINE.fullmatch(line))]
-    written = loaded(made / "native" if words[0] == "verify" else tmp_path / "out")
-    assert {match[3] for match in found} == written.keys()
+    # What is read to be verified, and what is written.
+    read = set() if words[0] == "hf-to-native" else loaded(made / "native").keys()
+    written = set() if words[0] == "verify" else loaded(tmp_path / "out").keys()
+    assert {match[3] for match in found} == read | written
     shares = [int(match[1]) for match in found]
     assert shares == sorted(shares)
     assert shares[-1] == 100

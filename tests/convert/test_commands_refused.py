@@ -14,14 +14,24 @@ from typing import Any
 
 import pytest
 from hf_configs import V2_5
-from native_cases import SIDE_FILES, Said, checkpoint, drop, put, tree, with_manifest
+from native_cases import (
+    SIDE_FILES,
+    Said,
+    alter,
+    checkpoint,
+    drop,
+    flip,
+    put,
+    tree,
+    with_manifest,
+)
 
 from bailing_jax.errors import EXIT_USAGE
 from convert.__main__ import main
 
 BOTH_WAYS = [("hf-to-native", "hf"), ("native-to-hf", "native")]
 SOURCE = checkpoint(V2_5, "refused", shards=2)
-NORM = "model.norm.weight"
+NORM, MTP = "model.norm.weight", "model.layers.3.eh_proj.weight"
 
 Run = Callable[..., Said]
 
@@ -222,6 +232,18 @@ def test_sources_must_be_those_of_the_model(
     assert main(["native-to-hf", str(native), str(native.parent / "hf")]) == EXIT_USAGE
     assert said in capsys.readouterr().err
     assert not (native.parent / "hf").exists()
+
+
+@pytest.mark.parametrize("name", [NORM, "model.layers.1.mlp.experts.up_proj.weight", MTP])
+def test_r111_a_damaged_native_folder_does_not_come_back(
+    native: Path, name: str, run: Run
+) -> None:
+    """Or the fault would be in a checkpoint that has no hashes, where nobody finds it."""
+    alter(native, name, flip, hashed=False)
+    found = run("native-to-hf", native, native.parent / "hf", "--quiet")
+    assert (found.code, found.out) == (EXIT_USAGE, "")
+    assert f"tensor '{name}' differs from its sha256" in found.err
+    assert sorted(os.listdir(native.parent)) == ["native"]
 
 
 @pytest.mark.parametrize("fault", ["changed", "missing", "link"])

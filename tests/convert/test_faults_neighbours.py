@@ -86,6 +86,25 @@ def test_s14_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
     check_resumed(job, [path], [{}])
 
 
+def test_s14_a_lock_that_was_removed_counts_for_nothing(tmp_path: Path) -> None:
+    job, path = jobs()["one worker"], places(tmp_path, 1)[0]
+    locked = [call for call, _, _ in job.steps].index("flock") + 1
+    # It has opened the lock that the next one removes, as nothing is finished.
+    first = job.run(path, fault={"do": "stop", "step": locked})
+    disk = {"do": "fail", "of": "pwrite", "step": 1, "errno": errno.EIO}
+    assert job.run(path, fault=disk).code == EXIT_FAILURE
+    assert not partial_of(path).exists()
+    third = job.run(path, fault={"do": "stop", "step": locked + 60})
+    before = check_unfinished(job, path)
+    refused = converter().go_on(first)
+    assert refused.code == EXIT_FAILURE
+    assert f"error: {path}: another conversion is writing to it" in refused.err
+    assert before
+    assert check_unfinished(job, path) == before
+    assert converter().go_on(third).code == EXIT_OK
+    check_complete(job, path)
+
+
 def check_one_wrote(job: Job, path: Path, ended: Sequence[tuple[int | None, str, str]]) -> None:
     """One process wrote the output; the others were refused, or found it complete."""
     written = []

@@ -46,6 +46,7 @@ from tiny_tokenizer import write_tiny_tokenizer
 
 from bailing_jax.config import ModelConfig
 from convert import mapping, output_folder, to_hf, to_native
+from convert import native as native_format
 from convert.__main__ import main
 
 # A drawn YaRN factor may contradict the drawn length; that is test_config_rope's business.
@@ -59,8 +60,8 @@ SLABS = st.sampled_from([512, 3000, mapping.SLAB_BYTES])
 @contextmanager
 def slabs(size: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mapping, "SLAB_BYTES", size)
-        patch.setattr(to_native, "SLAB_BYTES", size)
+        for module in (mapping, native_format, to_native):
+            patch.setattr(module, "SLAB_BYTES", size)
         yield
 
 

@@ -33,7 +33,6 @@ from native_cases import (
 )
 
 from convert import native as native_format
-from convert import verify
 from convert.__main__ import main
 from convert.native import open_native
 
