@@ -174,8 +174,9 @@ def _write_shard(path: Path, tensors: Sequence[Tensor], fill: Fill | None) -> No
     header += b" " * (-len(header) % 8)
     with open(path, "xb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for tensor in tensors if fill is not None else ():
-            fill(file, tensor)
+        if fill is not None:
+            for tensor in tensors:
+                fill(file, tensor)
         file.truncate(8 + len(header) + end)
 
 

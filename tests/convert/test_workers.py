@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
 from convert.workers import StoppedError, Workers
 
-SECONDS = 30.0  # nothing here takes so long, unless it hangs
+SECONDS = 20.0  # nothing here takes so long, unless it hangs
 
 
 class Together:
@@ -44,6 +45,31 @@ def run(work: Callable[[], object]) -> object:
     thread.join(SECONDS)
     assert results, "it hangs"
     return results[0]
+
+
+def in_threads(count: int, work: Callable[[int], None], items: Iterable[int]) -> None:
+    """`work` on every item by threads that do not keep the process alive if they wait forever."""
+    waiting = list(items)
+
+    def loop() -> None:
+        with suppress(IndexError):
+            while True:
+                work(waiting.pop())
+
+    threads = [threading.Thread(target=loop, daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+        assert not thread.is_alive(), "it hangs"
+
+
+def until_stopped(workers: Workers) -> None:
+    """Work that ends at its check."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        workers.check()
+        time.sleep(0.001)
 
 
 # ---- what is done
@@ -94,13 +120,12 @@ def test_the_limit_is_never_exceeded_and_is_made_use_of(
             time.sleep(0.0005)
             together.add(-size)
 
-    sizes = [10, *map(int, rng.integers(1, 11, 120))]
-    assert run(lambda: workers.for_each(work, sizes)) is None
+    in_threads(6, work, [*map(int, rng.integers(1, 11, 120)), 10])
     assert 10 <= together.most <= limit
     assert together.most_threads > 1
     assert together.now == 0
     # All of it is free again.
-    assert run(lambda: workers.for_each(work, [limit])) is None
+    in_threads(1, work, [limit])
     assert together.most == limit
 
 
@@ -109,28 +134,28 @@ def test_all_that_is_held_is_given_back_after_an_error() -> None:
     with pytest.raises(RuntimeError), workers.holding(8):
         raise RuntimeError
 
-    def work(_item: int) -> None:
-        with workers.holding(8):
+    def work(size: int) -> None:
+        with workers.holding(size):
             pass
 
-    assert run(lambda: workers.for_each(work, [1])) is None
+    in_threads(1, work, [8])
 
 
 def test_one_that_waits_for_memory_goes_on_when_there_is_some() -> None:
     workers, order = Workers(2, 10), list[str]()
     holds = threading.Event()
 
-    def work(name: str) -> None:
-        if name == "second":
+    def work(number: int) -> None:
+        if number == 2:
             holds.wait(SECONDS)
         with workers.holding(6):
-            order.append(f"{name} begins")
+            order.append(f"{number} begins")
             holds.set()
             time.sleep(0.02)
-            order.append(f"{name} ends")
+            order.append(f"{number} ends")
 
-    assert run(lambda: workers.for_each(work, ["first", "second"])) is None
-    assert order == ["first begins", "first ends", "second begins", "second ends"]
+    in_threads(2, work, [1, 2])
+    assert order == ["1 begins", "1 ends", "2 begins", "2 ends"]
 
 
 # ---- errors
@@ -162,9 +187,7 @@ def test_the_others_end_at_their_next_check_and_hide_nothing() -> None:
             raise OSError("disk")
         failed.wait(SECONDS)
         try:
-            while True:
-                workers.check()
-                time.sleep(0.001)
+            until_stopped(workers)
         except StoppedError:
             stopped.append(item)
             raise
@@ -219,9 +242,7 @@ def test_ctrl_c_while_waiting_stops_the_workers(monkeypatch: pytest.MonkeyPatch)
     def work(item: int) -> None:
         begun.set()
         try:
-            while True:
-                workers.check()
-                time.sleep(0.001)
+            until_stopped(workers)
         finally:
             ended.append(item)
 
