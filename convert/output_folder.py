@@ -9,6 +9,7 @@ the folder publishes it. Must not know what the files hold.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -85,7 +86,7 @@ class OutputFolder:
     def finish(self, name: str, record: dict[str, Any] | None) -> None:
         """Give a fsynced temporary file its name, and enter it in the journal with its record."""
         os.replace(self.files / (name + _TEMPORARY), self.files / name)
-        _fsync_folder(self.files)
+        _fsync(self.files)
         if record is not None:
             self.finished[name] = record
             self._write_journal()
@@ -105,10 +106,17 @@ class OutputFolder:
             os.close(descriptor)
         self.finish(name, None)
 
+    def sync_folder(self, name: str) -> None:
+        """Fsync a sub-folder that something else has made, with all that is in it."""
+        for folder, _, names in os.walk(self.files / name):
+            for file in names:
+                _fsync(Path(folder) / file)
+            _fsync(Path(folder))
+
     def publish(self) -> None:
         """Give the folder its name; nothing may be written to it afterwards."""
         os.rename(self.files, self.path)
-        _fsync_folder(self.path.parent)
+        _fsync(self.path.parent)
         self._remove_partial()
 
     def discard(self) -> None:
@@ -171,7 +179,7 @@ class OutputFolder:
         finally:
             os.close(descriptor)
         os.replace(temporary, path)
-        _fsync_folder(self.partial)
+        _fsync(self.partial)
 
 
 @contextmanager
@@ -210,6 +218,8 @@ def locked(path: Path) -> Iterator[OutputFolder]:
 def _lock(path: Path, partial: Path) -> int:
     while True:
         try:
+            if not path.parent.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "its folder is gone")
             partial.mkdir(exist_ok=True)
             descriptor = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
@@ -272,7 +282,8 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _fsync_folder(path: Path) -> None:
+def _fsync(path: Path) -> None:
+    """Of a file its content, of a folder its names."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -70,7 +70,7 @@ def plan_hf(native: NativeFolder) -> tuple[ModelConfig, Conversion]:
         small=small,
         last=lambda _records: {},
         identity={"command": "native-to-hf", "manifest_sha256": digest, "files": sorted(weights)},
-        is_done=lambda folder: _is_done(folder, files),
+        is_done=lambda folder: _is_done(folder, files, small),
         check_unchanged=native.files.check_unchanged,
         notes=[],
         check=check,
@@ -173,9 +173,11 @@ def _index(files: tuple[OutFile, ...]) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def _is_done(folder: Path, files: tuple[OutFile, ...]) -> bool:
+def _is_done(folder: Path, files: tuple[OutFile, ...], small: Mapping[str, bytes]) -> bool:
     """Whether the folder has these files: headers name the manifest, which has the hashes."""
-    if not all((folder / file.name).is_file() for file in files):
+    if not all((folder / name).is_file() for name in (*small, *(file.name for file in files))):
+        return False
+    if any((folder / name).read_bytes() != content for name, content in small.items()):
         return False
     return all(
         read_header(folder / file.name).header_sha256

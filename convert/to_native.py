@@ -276,10 +276,23 @@ def _json_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def _is_done(folder: Path, head: Mapping[str, Any]) -> bool:
-    """Whether a folder's manifest begins as ours will; a manifest is written last of all."""
+    """Whether a folder's manifest begins as ours will, and its files are there.
+
+    A manifest is written last of all; `verify` is who looks at the data.
+    """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return False
     found = read_json(path, "the manifest", MANIFEST_LIMIT)
-    same = {key: found.get(key) for key in head if key != "files"}
-    return not first_difference(same, {key: head[key] for key in same})
+    files = found.get("files")
+    if not isinstance(files, dict):
+        return False
+    small = {name: files[name] for name in files if not name.endswith(".safetensors")}
+    if first_difference({**{key: found.get(key) for key in head}, "files": small}, head):
+        return False
+    return all(_has_size(folder / name, entry) for name, entry in files.items())
+
+
+def _has_size(path: Path, entry: object) -> bool:
+    size = entry.get("bytes") if isinstance(entry, dict) else None
+    return path.is_file() and path.stat().st_size == size

@@ -212,6 +212,7 @@ def _write(
         threads.for_each(_FileWriter(folder, threads, progress).write, pending)
         if conversion.folder:
             conversion.folder.make(folder.files / conversion.folder.name)
+            folder.sync_folder(conversion.folder.name)
         conversion.check_unchanged()
     except UserError as error:
         # A disk that failed may work again. What was wrong with the input stays wrong.

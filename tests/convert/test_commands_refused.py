@@ -269,3 +269,34 @@ def test_pipes_and_folders_are_not_read(native: Path, name: str) -> None:
         make(native / name)
         assert main(["native-to-hf", str(native), str(native.parent / "hf")]) == EXIT_USAGE
         shutil.move(native / name, native.parent / make.__name__)
+
+
+@pytest.mark.parametrize(("command", "source"), BOTH_WAYS)
+@pytest.mark.parametrize("damage", ["weights gone", "side file gone", "side file edited"])
+def test_a_result_that_lost_something_is_not_called_complete(
+    made: Path, tmp_path: Path, run: Run, command: str, source: str, damage: str
+) -> None:
+    output = tmp_path / "out"
+    assert run(command, made / source, output).code == 0
+    side = output / "LICENSE"
+    if damage == "weights gone":
+        next(output.glob("*.safetensors")).unlink()
+    elif damage == "side file gone":
+        side.unlink()
+    else:
+        side.write_bytes(side.read_bytes() + b"\n")
+    found = run(command, made / source, output)
+    assert "already exists and is not the result of this command" in found.err
+    assert (found.code, found.out) == (EXIT_USAGE, "")
+
+
+def test_a_source_with_another_side_file_is_another_conversion(
+    made: Path, tmp_path: Path, run: Run
+) -> None:
+    source = shutil.copytree(made / "hf", tmp_path / "hf")
+    assert run("hf-to-native", source, tmp_path / "out").code == 0
+    side = source / "LICENSE"
+    side.write_bytes(side.read_bytes() + b"\n")
+    found = run("hf-to-native", source, tmp_path / "out")
+    assert (found.code, found.out) == (EXIT_USAGE, "")
+    assert "already exists" in found.err
