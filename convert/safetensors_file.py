@@ -177,6 +177,17 @@ class SafetensorsFile:
             raise ValueError(f"{name} has {info.nbytes} bytes, not {out.nbytes} from {start}")
         self._read_range(info.start + start, out.reshape(-1).view(np.uint8))
 
+    def expect(self, name: str) -> None:
+        """Tell the system that a tensor will soon be read, so that the disk need not be waited for.
+
+        Does nothing where the system takes no such advice.
+        """
+        info = self.header.tensors[name]
+        if hasattr(os, "posix_fadvise") and self._descriptor >= 0:
+            os.posix_fadvise(
+                self._descriptor, info.start, info.nbytes, os.POSIX_FADV_WILLNEED
+            )
+
     def _read_range(self, start: int, data: np.ndarray) -> None:
         if self._descriptor < 0:
             raise ValueError(f"{self.header.path} is closed")

@@ -88,6 +88,10 @@ class CheckpointSource:
         """
         self._file_of(name).read_part(name, start, out)
 
+    def expect(self, name: str) -> None:
+        """Tell the system that a tensor will soon be read."""
+        self._file_of(name).expect(name)
+
     def check_unchanged(self) -> None:
         """Look at every file once more.
 

@@ -41,6 +41,9 @@ KEEP = "keep"
 DTYPE_CHOICES = (KEEP, "bfloat16", "float32")
 
 _ALIGNMENT = 64  # bytes of a cache line: what XLA wants of a buffer it uses as it is
+# Experts the disk may read while others are converted: with one at a time it waits for the
+# processor as often as the processor for it.
+_AHEAD = 4
 _METADATA = {"layout": f"{FORMAT}, version {FORMAT_VERSION}"}
 
 Pairs = Sequence[tuple[Source, TensorInfo | None]]
@@ -135,7 +138,10 @@ def _param_blocks(
     def blocks() -> Iterator[np.ndarray]:
         # Experts take turns in one array: fresh memory for each costs as much as reading it.
         buffer: np.ndarray | None = None
-        for piece, info in pairs:
+        for number, (piece, info) in enumerate(pairs):
+            for _, later in pairs[number + 1 : number + 1 + _AHEAD]:
+                if later is not None:
+                    source.expect(later.name)
             if info is None:
                 yield np.zeros(param.shape, dtype)
                 continue
