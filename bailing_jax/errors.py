@@ -58,6 +58,10 @@ def run_command(main: Callable[[], int]) -> int:
         if error.hint:
             print(f"  {error.hint}", file=sys.stderr)
         return error.exit_code
+    except MemoryError:
+        print("error: the machine ran out of memory", file=sys.stderr)
+        print("  Use a smaller model or smaller limits, or a machine with more.", file=sys.stderr)
+        return EXIT_DOES_NOT_FIT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

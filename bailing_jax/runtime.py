@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 from collections.abc import Mapping
 
 import jax
 
 from bailing_jax.errors import EXIT_DOES_NOT_FIT, UserError
+from convert.progress import peak_memory
 
 GIB = 2**30
 
@@ -34,9 +33,7 @@ def peak_memory_bytes() -> int:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
-    # Linux counts kilobytes, macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory()
 
 
 def check_fits(needs: Mapping[str, int], memory_fraction: float) -> None:

@@ -200,6 +200,12 @@ def _verify(args: argparse.Namespace) -> int:
     progress = ProgressLine(args.quiet)
     try:
         if is_native(folder):
+            if original is not None and is_native(original):
+                raise UserError(
+                    f"{original}: is a native folder itself",
+                    "Give the Hugging Face folder that was converted.",
+                    EXIT_USAGE,
+                )
             full = args.full or original is not None
             source = (original or _recorded_source(folder)) if full else None
             verdict = verify_native(folder, source, workers, progress)

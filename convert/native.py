@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,18 @@ import numpy as np
 from bailing_jax.config import ModelConfig
 from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.params import Param, describe
+from convert.mapping import SLAB_BYTES
 from convert.plan import READABLE
-from convert.safetensors_file import SafetensorsFile, TensorInfo, malformed, show
-from convert.source import CONFIG_NAME, CheckpointSource, read_headers, read_json
+from convert.safetensors_file import SafetensorsFile, TensorInfo, open_regular
+from convert.source import (
+    CONFIG_NAME,
+    CheckpointSource,
+    check_contained,
+    read_headers,
+    read_json,
+)
+from convert.strict_json import malformed, show
+from convert.values import check_values
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "bailing-jax native"
@@ -36,7 +46,7 @@ EMBEDDING = "model.word_embeddings.weight"
 MANIFEST_LIMIT = 100_000_000  # bytes; a trillion parameters need about 6 MB
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_WEIGHT_FILE = re.compile(r"(embed|head|extra|layer-\d{3,})\.safetensors")
+_WEIGHT_FILE = re.compile(r"(embed|head|extra|layer-[0-9]{3,})\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -109,6 +119,54 @@ class NativeFolder:
         data = self._maps[info.file.name][info.start : info.end]
         return data.view(info.dtype).reshape(info.shape)
 
+    def small_files(self) -> dict[str, bytes]:
+        """The files that hold no weights, by name, as the conversion left them.
+
+        Raises:
+            UserError: one is gone, was changed or leaves the folder.
+        """
+        content: dict[str, bytes] = {}
+        for name, entry in self.manifest["files"].items():
+            if name.endswith(".safetensors"):
+                continue
+            content[name] = _content(self.folder / name)
+            if hashlib.sha256(content[name]).hexdigest() != entry["sha256"]:
+                raise malformed(
+                    self.folder / name,
+                    f"was changed after the conversion ({MANIFEST_NAME} has another sha256)",
+                    "Put the original back; change the copy in the folder that is made.",
+                )
+        return content
+
+    def problems_of(
+        self, tensor: NativeTensor, add: Callable[[str, int], None] | None = None
+    ) -> list[str]:
+        """Read a tensor, a slab at a time: what is wrong with its hash and values.
+
+        Args:
+            tensor: one of this folder's.
+            add: called with the tensor's name and the number of bytes read.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        info, digest, problems = tensor.info, hashlib.sha256(), []
+        step, count = SLAB_BYTES // info.dtype.itemsize, info.nbytes // info.dtype.itemsize
+        for start in range(0, count, step):
+            slab = np.empty(min(step, count - start), info.dtype)
+            self.files.read_part(info.name, start * info.dtype.itemsize, slab)
+            digest.update(slab.view(np.uint8).data)
+            try:
+                check_values(slab, info.file, info.name)
+            except UserError as error:
+                where = f" (of the {slab.size} elements from the {start}-th on)"
+                problems = problems or [error.message + where * (step < count)]
+            if add is not None:
+                add(info.name, slab.nbytes)
+        if digest.hexdigest() != tensor.sha256:
+            problems.append(f"{info.file}: tensor {show(info.name)} differs from its sha256")
+        return problems
+
     def close(self) -> None:
         """Close the files; arrays from `map` stay valid."""
         self.files.close()
@@ -152,6 +210,13 @@ def open_native(folder: Path) -> NativeFolder:
         )
     config = read_json(folder / CONFIG_NAME, "the model config")
     weights = [name for name in manifest["files"] if name.endswith(".safetensors")]
+    strangers = {file.name for file in folder.glob("*.safetensors")} - set(weights)
+    if strangers:
+        raise malformed(
+            folder,
+            f"{len(strangers)} weight files not in {MANIFEST_NAME}, e.g. {show(min(strangers))}",
+            "Files of two conversions are mixed: convert again, to a new folder.",
+        )
     headers = read_headers(folder, weights)
     for name, header in headers.items():
         entry = manifest["files"][name]
@@ -175,10 +240,17 @@ def sha256_of(path: Path) -> str:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise malformed(path, f"cannot be read: {error.strerror}") from error
+    return hashlib.sha256(_content(path)).hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    check_contained(path)
+    descriptor, status = open_regular(path)
+    with os.fdopen(descriptor, "rb") as file:
+        if status.st_size > MANIFEST_LIMIT:  # as much as the largest file that is read whole
+            problem = f"has {status.st_size} bytes; at most {MANIFEST_LIMIT} are read"
+            raise malformed(path, problem, "Put the original back.")
+        return file.read()
 
 
 def check_params(native: NativeFolder, config: ModelConfig) -> tuple[Param, ...]:
@@ -238,7 +310,7 @@ class _Manifest:
             self._is(type(entry.get("bytes")) is int, f"files.{name}.bytes", entry.get("bytes"))
             digest = "header_sha256" if name.endswith(".safetensors") else "sha256"
             self._sha256(entry, digest, f"files.{name}.")
-            plain = name.isprintable() and not set(name) & set("/\\:") and name[:1] != "."
+            plain = name.isprintable() and not set(name) & set("/\\:") and name[:1] not in ("", ".")
             weights = _WEIGHT_FILE.fullmatch(name) or not name.endswith(".safetensors")
             self._is(bool(plain and weights), "files", name)
         self._is(CONFIG_NAME in files, f"files.{CONFIG_NAME}", None)
@@ -246,7 +318,8 @@ class _Manifest:
         for name in tensors:
             entry = self._object(tensors, name, "tensors.")
             self._sha256(entry, "sha256", f"tensors.{name}.")
-            self._is(entry.get("file") in files, f"tensors.{name}.file", entry.get("file"))
+            file = entry.get("file")
+            self._is(isinstance(file, str) and file in files, f"tensors.{name}.file", file)
             sources = self._object(entry, "sources", f"tensors.{name}.")
             for source, dtype in sources.items():
                 self._is(dtype in READABLE, f"tensors.{name}.sources.{source}", dtype)

@@ -21,8 +21,8 @@ import numpy as np
 
 from bailing_jax.errors import EXIT_FAILURE, UserError
 
-# What is written at a time, and the largest chunk and data file; one array may be larger.
-# Exports of 3 GB arrays need 0.1 to 1.2 GB: chunks wait for the disk, at most those of one array.
+# What is written at a time, and the largest chunk and data file; one array may be larger. Such an
+# array is copied while it waits for the disk: its export needs 0.1 to 1.6 GB, seldom its own size.
 _BATCH_BYTES = 2**27
 
 
@@ -38,11 +38,7 @@ def export(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
         UserError: the folder exists, or Orbax cannot write it.
     """
     if os.path.lexists(folder):
-        raise UserError(
-            f"{folder}: already exists; an Orbax checkpoint is written to a new folder",
-            "Move it away or give another folder.",
-            EXIT_FAILURE,
-        )
+        raise UserError(f"{folder}: already exists", "Move it or give another name.", EXIT_FAILURE)
     hint = (
         "Check that the disk has room and can be written, then convert again; "
         f"{folder.name}.orbax-checkpoint-tmp beside it holds what was written and can be removed."
@@ -61,9 +57,7 @@ def export(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
 
 
 def tensor_hashes(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Hash every array of an Orbax checkpoint: SHA-256 (hex) of its C-order bytes.
-
-    Memory holds one array at a time.
+    """SHA-256 (hex) of every restored array's C-order bytes; memory holds one array at a time.
 
     Args:
         folder: what `export` wrote.
@@ -82,12 +76,12 @@ def tensor_hashes(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, s
             wanted = {name: ocp.RestoreArgs()}
             args = ocp.args.PyTreeRestore(wanted, restore_args=wanted, partial_restore=True)
             restored = checkpointer.restore(folder.absolute(), args=args)[name]
-            if (restored.shape, restored.dtype) != (array.shape, array.dtype):
-                raise ValueError(
-                    f"{name} is {restored.dtype}{restored.shape}, not {array.dtype}{array.shape}"
-                )
-            hashes[name] = hashlib.sha256(_bytes(restored)).hexdigest()
-            del restored  # or it would stay until the next one is there
+            # What a checkpoint does not hold comes back as it was asked for.
+            if not isinstance(restored, np.ndarray) or _kind(restored) != _kind(array):
+                raise ValueError(f"it does not hold {name} as {_kind(array)}")
+            data = np.ascontiguousarray(restored).reshape(-1).view(np.uint8).data
+            hashes[name] = hashlib.sha256(data).hexdigest()
+            del restored, data  # or they would stay until the next ones are there
         stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
         if extra := sorted(stored.keys() - arrays.keys()):
             raise ValueError(f"it holds {len(extra)} other tensors, e.g. {extra[0]}")
@@ -128,8 +122,8 @@ def _batches(sizes: Iterable[int]) -> Iterator[slice]:
     yield slice(start, end + 1)
 
 
-def _bytes(array: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+def _kind(array: np.ndarray) -> str:
+    return f"{array.dtype}{list(array.shape)}"
 
 
 @contextmanager
@@ -140,11 +134,16 @@ def _orbax(folder: Path, problem: str, hint: str) -> Iterator[ModuleType]:
     import orbax.checkpoint as ocp
     from absl import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, hook = logging.get_verbosity(), sys.unraisablehook
     logging.set_verbosity(logging.FATAL)
+    # Once one write of a batch has failed, the others find Orbax's event loop closed.
+    sys.unraisablehook = lambda u: None if isinstance(u.exc_value, RuntimeError) else hook(u)
     try:
         yield ocp
     except Exception as error:  # Orbax documents no set of errors
-        raise UserError(f"{folder}: {problem}: {error}", hint, EXIT_FAILURE) from error
+        reason = str(error).partition(" [tensorstore_spec=")[0]  # a page of settings
+        raise UserError(f"{folder}: {problem}: {reason}", hint, EXIT_FAILURE) from error
+    else:
+        sys.unraisablehook = hook  # after a failure they may take their time
     finally:
         logging.set_verbosity(verbosity)

@@ -9,7 +9,9 @@ the folder publishes it. Must not know what the files hold.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -19,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from bailing_jax.errors import EXIT_FAILURE, EXIT_USAGE, UserError
-from convert.safetensors_file import show
 from convert.source import read_json
+from convert.strict_json import show
 
 _TEMPORARY = ".tmp"
 _JOURNAL_LIMIT = 100_000_000
@@ -41,6 +43,7 @@ class OutputFolder:
         self.finished: dict[str, dict[str, Any]] = {}
         self.files = partial / "files"
         self._identity: Mapping[str, Any] = {}
+        self._ours = False  # what the partial folder holds is this conversion's
         self._gone = False
 
     def begin(self, identity: Mapping[str, Any]) -> None:
@@ -51,14 +54,16 @@ class OutputFolder:
                 never taken over.
 
         Raises:
-            UserError: the partial folder belongs to another conversion.
+            UserError: the partial folder belongs to another conversion, or its journal is
+                damaged.
         """
         self._identity = json.loads(json.dumps(identity))
         journal = self.partial / "journal.json"
         if journal.exists():
-            content = read_json(journal, "the journal", _JOURNAL_LIMIT)
+            content = self._read_journal(journal)
             self._check_identity(content["identity"])
             self.finished = content["files"]
+        self._ours = True
         self.files.mkdir(exist_ok=True)
         for entry in sorted(os.scandir(self.files), key=lambda entry: entry.name):
             record = self.finished.get(entry.name)
@@ -81,7 +86,7 @@ class OutputFolder:
     def finish(self, name: str, record: dict[str, Any] | None) -> None:
         """Give a fsynced temporary file its name, and enter it in the journal with its record."""
         os.replace(self.files / (name + _TEMPORARY), self.files / name)
-        _fsync_folder(self.files)
+        _fsync(self.files)
         if record is not None:
             self.finished[name] = record
             self._write_journal()
@@ -101,10 +106,17 @@ class OutputFolder:
             os.close(descriptor)
         self.finish(name, None)
 
+    def sync_folder(self, name: str) -> None:
+        """Fsync a sub-folder that something else has made, with all that is in it."""
+        for folder, _, names in os.walk(self.files / name):
+            for file in names:
+                _fsync(Path(folder) / file)
+            _fsync(Path(folder))
+
     def publish(self) -> None:
         """Give the folder its name; nothing may be written to it afterwards."""
         os.rename(self.files, self.path)
-        _fsync_folder(self.path.parent)
+        _fsync(self.path.parent)
         self._remove_partial()
 
     def discard(self) -> None:
@@ -113,8 +125,12 @@ class OutputFolder:
         self._remove_partial()
 
     def leave(self) -> None:
-        """Keep what is finished for another process to go on with; without any, remove all."""
-        if not self._gone and not self.finished:
+        """Keep what is finished for another process to go on with; without any, remove all.
+
+        What another process began stays, too, if this one never began.
+        """
+        nobodys = self._ours or not (self.partial / "journal.json").exists()
+        if not self._gone and not self.finished and nobodys:
             self.discard()
 
     def _remove_partial(self) -> None:
@@ -137,10 +153,25 @@ class OutputFolder:
                 EXIT_USAGE,
             )
 
+    def _read_journal(self, path: Path) -> dict[str, Any]:
+        damaged = UserError(
+            f"{self.partial}: its journal is damaged, so what is finished there is not known",
+            "To start anew, delete that folder.",
+            EXIT_USAGE,
+        )
+        try:
+            content = read_json(path, "the journal", _JOURNAL_LIMIT)
+        except UserError as error:
+            raise error if isinstance(error.__cause__, OSError) else damaged from error
+        if content.pop("sha256", None) != _digest(content):
+            raise damaged
+        return content
+
     def _write_journal(self) -> None:
         path = self.partial / "journal.json"
         temporary = path.with_name(path.name + _TEMPORARY)
-        content = json.dumps({"identity": self._identity, "files": self.finished}).encode()
+        journal = {"identity": self._identity, "files": self.finished}
+        content = json.dumps({**journal, "sha256": _digest(journal)}).encode()
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             write_all(descriptor, memoryview(content), 0)
@@ -148,7 +179,7 @@ class OutputFolder:
         finally:
             os.close(descriptor)
         os.replace(temporary, path)
-        _fsync_folder(self.partial)
+        _fsync(self.partial)
 
 
 @contextmanager
@@ -187,6 +218,8 @@ def locked(path: Path) -> Iterator[OutputFolder]:
 def _lock(path: Path, partial: Path) -> int:
     while True:
         try:
+            if not path.parent.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "its folder is gone")
             partial.mkdir(exist_ok=True)
             descriptor = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
@@ -195,13 +228,16 @@ def _lock(path: Path, partial: Path) -> int:
             raise not_written(path, error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(descriptor)
             raise UserError(
                 f"{path}: another conversion is writing to it",
                 "Wait until it has finished, or choose another output folder.",
                 EXIT_FAILURE,
             ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise not_written(path, error) from error
         # The file that was locked may be gone: its owner finished and removed it.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(partial / "lock"), os.fstat(descriptor)):
@@ -242,7 +278,12 @@ def first_difference(found: object, wanted: object, where: str = "") -> str:
     return f"{where or 'it'} is {show(found)} there and {show(wanted)} here"
 
 
-def _fsync_folder(path: Path) -> None:
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    """Of a file its content, of a folder its names."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -15,8 +15,10 @@ from bailing_jax.config import ModelConfig
 from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.params import Param, Source, describe, unused_reason
 from convert.safetensors_file import TensorInfo
+from convert.strict_json import show
 
 READABLE = ("float32", "bfloat16", "float16")
+_LONGEST_NAME = 160  # characters of a name that messages show whole
 _MTP_LAYER = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")
 
 
@@ -109,5 +111,11 @@ def _report(kind: str, names: Iterable[str]) -> str:
     for name in sorted(set(names)):
         groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
     return "\n".join(
-        f"  {kind}: {len(group)} x {pattern}, e.g. {group[0]}" for pattern, group in groups.items()
+        f"  {kind}: {len(group)} x {_plain(pattern)}, e.g. {_plain(group[0])}"
+        for pattern, group in groups.items()
     )
+
+
+def _plain(name: str) -> str:
+    """A name as it is, unless it could write to the terminal or fill the screen."""
+    return name if name.isprintable() and len(name) <= _LONGEST_NAME else show(name)

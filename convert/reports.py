@@ -107,6 +107,7 @@ def print_plan(
         "needed_bytes": needed,
         "free_bytes": free,
         "fits": needed <= free,
+        "output_exists": os.path.lexists(output),
         "peak_memory_bytes": conversion.peak_memory(workers),
         "workers": workers,
         "gb_per_s": round(rate / 1e9, 3),
@@ -131,6 +132,8 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
     lines.append(f"  other files: {', '.join(plan['small_files'])}")
     lines += [f"  {note}" for note in plan["notes"]]
     fits = "" if plan["fits"] else ": NOT enough"
+    if plan["output_exists"]:
+        lines.append("the output exists: a run refuses it, unless it is empty or this very result")
     return [
         *lines,
         f"disk: {size(plan['needed_bytes'])} needed, {size(plan['free_bytes'])} free{fits}",

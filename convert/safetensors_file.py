@@ -10,19 +10,18 @@ Must not know about models, folders or indices; `convert.source` does.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import reprlib
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from bailing_jax.errors import EXIT_FAILURE, EXIT_USAGE, UserError
+from bailing_jax.errors import EXIT_FAILURE, UserError
+from convert.strict_json import malformed, parse_json, show
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -47,27 +46,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
 # The format's dtypes that pack several values in a byte: known, and refused by name.
 SUB_BYTE_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")
 
-DOWNLOAD_AGAIN = (
-    "Download the file again and compare its size and checksum with the published ones."
-)
 
 _PREFIX_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 _MAX_DIMS = 8
 _MAX_INT64 = 2**63 - 1
-_MAX_JSON_DEPTH = 200
-# Commas and brackets together bound the number of objects a parse can build: about 190,000
-# tensors in one file. A trillion parameters in fp8 are 120,000 tensors, in many files.
-_MAX_JSON_ITEMS = 2**21
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_CURLY_TO_SQUARE = bytes.maketrans(b"{}", b"[]")
 _READ_PIECE = 2**30  # the kernel moves at most 0x7ffff000 bytes a call
 _LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
-
-_shorten = reprlib.Repr()
-_shorten.maxstring = _shorten.maxother = _shorten.maxlong = 160
-_shorten.maxlist = 10
 
 
 @dataclass(frozen=True)
@@ -191,6 +177,17 @@ class SafetensorsFile:
             raise ValueError(f"{name} has {info.nbytes} bytes, not {out.nbytes} from {start}")
         self._read_range(info.start + start, out.reshape(-1).view(np.uint8))
 
+    def expect(self, name: str) -> None:
+        """Tell the system that a tensor will soon be read, so that the disk need not be waited for.
+
+        Does nothing where the system takes no such advice.
+        """
+        info = self.header.tensors[name]
+        if hasattr(os, "posix_fadvise") and self._descriptor >= 0:
+            os.posix_fadvise(
+                self._descriptor, info.start, info.nbytes, os.POSIX_FADV_WILLNEED
+            )
+
     def _read_range(self, start: int, data: np.ndarray) -> None:
         if self._descriptor < 0:
             raise ValueError(f"{self.header.path} is closed")
@@ -259,46 +256,6 @@ def read_exactly(descriptor: int, path: Path, out: memoryview, offset: int) -> N
         if count == 0:
             raise malformed(path, f"ended at byte {offset + done} while being read")
         done += count
-
-
-def parse_json(raw: bytes, path: Path, what: str) -> dict[str, Any]:
-    """Parse strict JSON that must be an object; `path` and `what` are named in errors.
-
-    Stricter than `json.loads`: UTF-8 only, no key twice in an object, no NaN or Infinity (nor
-    1e999), bounded depth and number of items.
-
-    Raises:
-        UserError: the bytes are not that.
-    """
-    brackets = raw.translate(_CURLY_TO_SQUARE, _NOT_BRACKETS)
-    if raw.count(b",") + len(brackets) > _MAX_JSON_ITEMS:
-        raise malformed(path, f"{what} has more than {_MAX_JSON_ITEMS} JSON items")
-    # Checked before parsing, because how deep the parser may go depends on the caller's stack.
-    # Brackets inside strings count too, which is why the limit is far above any real file's.
-    if _depth(brackets) > _MAX_JSON_DEPTH:
-        raise malformed(path, f"{what} is nested deeper than {_MAX_JSON_DEPTH} levels")
-    try:
-        document = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_unique_keys,
-            parse_float=_finite_float,
-            parse_constant=_refuse_constant,
-        )
-    except (ValueError, RecursionError) as error:
-        raise malformed(path, f"{what} is not valid JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise malformed(path, f"{what} must be a JSON object, got {show(document)}")
-    return document
-
-
-def malformed(path: Path, problem: str, hint: str = DOWNLOAD_AGAIN) -> UserError:
-    """Build the error for a file whose content or kind is wrong."""
-    return UserError(f"{path}: {problem}", hint, EXIT_USAGE)
-
-
-def show(value: object) -> str:
-    """Untrusted values for messages: control characters escaped, long ones cut."""
-    return _shorten.repr(value)
 
 
 def refuse_lfs_pointer(path: Path, head: bytes | bytearray) -> None:
@@ -408,28 +365,3 @@ def _check_tiling(
 def _unreadable(path: Path, error: OSError) -> UserError:
     hint = "Check that the file exists, that you may read it and that the disk is healthy."
     return UserError(f"{path}: cannot be read: {error.strerror}", hint, EXIT_FAILURE)
-
-
-def _depth(brackets: bytes) -> int:
-    steps = np.where(np.frombuffer(brackets, np.uint8) == ord("["), 1, -1)
-    return int(steps.cumsum().max(initial=0))
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {show(twice)} appears twice")
-    return result
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {show(text)} is out of range")
-    return value
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a JSON number")

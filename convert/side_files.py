@@ -21,16 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from bailing_jax.errors import UserError
-from convert.safetensors_file import (
-    DOWNLOAD_AGAIN,
-    malformed,
-    open_regular,
-    parse_json,
-    read_exactly,
-    refuse_lfs_pointer,
-    show,
-)
+from convert.safetensors_file import open_regular, read_exactly, refuse_lfs_pointer
 from convert.source import CONFIG_NAME, INDEX_NAME, check_contained
+from convert.strict_json import DOWNLOAD_AGAIN, malformed, parse_json, show
 
 MAX_BYTES = 16 * 2**20
 MAX_VOCABULARY_BYTES = 64_000_000  # what bailing_jax.text.tokenizer reads
@@ -82,8 +75,8 @@ print(json.dumps(answer))
 """
 
 
-def side_files(folder: Path, vocab_size: int) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """The files to copy byte for byte, by name, and the names of what is left behind.
+def side_files(folder: Path, vocab_size: int) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The content of the files to copy, by name, and the names of what is left behind.
 
     Both are sorted; folders left behind end in "/". Weights, their index, config.json,
     manifest.json and hidden entries are in neither.
@@ -97,15 +90,14 @@ def side_files(folder: Path, vocab_size: int) -> tuple[dict[str, Path], tuple[st
     except OSError as error:
         problem = f"not a readable folder: {error.strerror}"
         raise malformed(folder, problem, "Give the checkpoint's folder.") from error
-    copied: dict[str, Path] = {}
+    copied: dict[str, bytes] = {}
     left: list[str] = []
     for name in names:
         if name.startswith(".") or _matches(name, _CONVERTED):
             continue
         # A name that cannot be printed is no release's, whatever it begins with.
         if name.isprintable() and _matches(name, _JSON + _TEXTS):
-            _check(folder / name, vocab_size)
-            copied[name] = folder / name
+            copied[name] = _checked(folder / name, vocab_size)
         else:
             shown = name if name.isprintable() else ascii(name)[1:-1]
             left.append(shown + "/" * os.path.isdir(folder / name))
@@ -116,10 +108,11 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _check(path: Path, vocab_size: int) -> None:
+def _checked(path: Path, vocab_size: int) -> bytes:
+    """The file's content, which is what was checked: the file may change."""
     raw = _read(path, MAX_VOCABULARY_BYTES if path.name in _VOCABULARIES else MAX_BYTES)
     if path.name not in _JSON:
-        return
+        return raw
     document = parse_json(_escape_brackets(raw), path, "the file")
     if path.name == "tokenizer.json":
         _check_tokenizer(path, document, raw, vocab_size)
@@ -127,6 +120,7 @@ def _check(path: Path, vocab_size: int) -> None:
         _check_ids(path, "", document, vocab_size, {})
     elif path.name == "generation_config.json":
         _check_generation_config(path, document, vocab_size)
+    return raw
 
 
 def _read(path: Path, limit: int) -> bytes:

@@ -19,18 +19,15 @@ import numpy as np
 
 from bailing_jax.errors import EXIT_USAGE, UserError
 from convert.safetensors_file import (
-    DOWNLOAD_AGAIN,
     SafetensorsFile,
     SafetensorsHeader,
     TensorInfo,
-    malformed,
     open_regular,
-    parse_json,
     read_exactly,
     read_header,
     refuse_lfs_pointer,
-    show,
 )
+from convert.strict_json import DOWNLOAD_AGAIN, malformed, parse_json, show
 from convert.values import check_values
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -90,6 +87,10 @@ class CheckpointSource:
             ValueError: the tensor has fewer bytes.
         """
         self._file_of(name).read_part(name, start, out)
+
+    def expect(self, name: str) -> None:
+        """Tell the system that a tensor will soon be read."""
+        self._file_of(name).expect(name)
 
     def check_unchanged(self) -> None:
         """Look at every file once more.

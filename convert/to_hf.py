@@ -1,7 +1,8 @@
 """Native -> Hugging Face: the checkpoint a native folder was made from, tensor by tensor.
 
 Names and dtypes come from the manifest, so aliases and mixed dtypes return as they were. A tensor
-is put together in memory from slabs of the parameters it went into. Where the conversion narrowed
+is put together in memory from slabs of the parameters it went into, whose hashes are checked first.
+Where the conversion narrowed
 the weights (`--dtype bfloat16` of float32) the lost bits are gone, and the narrow dtype is written.
 File boundaries are our own.
 """
@@ -17,14 +18,17 @@ from typing import Any
 import numpy as np
 
 from bailing_jax.config import ModelConfig
+from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.params import Source
 from convert.mapping import copy, in_order, slab_rows
-from convert.native import MANIFEST_NAME, NativeFolder, check_params, sha256_of
-from convert.safetensors_file import malformed, read_header, show
+from convert.native import MANIFEST_NAME, NativeFolder, NativeTensor, check_params, sha256_of
+from convert.safetensors_file import read_header
 from convert.source import INDEX_NAME
+from convert.strict_json import malformed, show
 from convert.to_native import byte_slabs
 from convert.values import check_values
-from convert.writer import Conversion, OutFile, OutTensor
+from convert.workers import Workers
+from convert.writer import Conversion, OutFile, OutTensor, Progress
 
 SHARD_BYTES = 5 * 10**9  # the size people expect of a shard
 
@@ -48,21 +52,29 @@ def plan_hf(native: NativeFolder) -> tuple[ModelConfig, Conversion]:
     metadata = {"format": "pt", "native_manifest_sha256": digest}
     files = _shards(tensors, metadata)
     weights = {file.name for file in files}
-    small = {
-        name: (native.folder / name).read_bytes()
-        for name in native.manifest["files"]
-        if not name.endswith(".safetensors")
-    }
+    small = native.small_files()
     if len(files) > 1:
         small[INDEX_NAME] = _index(files)
+    stored = [*native.params.values(), *native.extra.values()]
+
+    def check(workers: Workers, progress: Progress) -> None:
+        # What is damaged must not come back as a checkpoint that no longer has a hash.
+        def check_one(tensor: NativeTensor) -> None:
+            for problem in native.problems_of(tensor, progress.add):
+                raise UserError(problem, "Copy or convert the native folder again.", EXIT_USAGE)
+
+        workers.for_each(check_one, stored)
+
     return config, Conversion(
         files=files,
         small=small,
         last=lambda _records: {},
         identity={"command": "native-to-hf", "manifest_sha256": digest, "files": sorted(weights)},
-        is_done=lambda folder: _is_done(folder, files),
+        is_done=lambda folder: _is_done(folder, files, small),
         check_unchanged=native.files.check_unchanged,
         notes=[],
+        check=check,
+        check_bytes=sum(tensor.info.nbytes for tensor in stored),
     )
 
 
@@ -161,9 +173,11 @@ def _index(files: tuple[OutFile, ...]) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def _is_done(folder: Path, files: tuple[OutFile, ...]) -> bool:
+def _is_done(folder: Path, files: tuple[OutFile, ...], small: Mapping[str, bytes]) -> bool:
     """Whether the folder has these files: headers name the manifest, which has the hashes."""
-    if not all((folder / file.name).is_file() for file in files):
+    if not all((folder / name).is_file() for name in (*small, *(file.name for file in files))):
+        return False
+    if any((folder / name).read_bytes() != content for name, content in small.items()):
         return False
     return all(
         read_header(folder / file.name).header_sha256

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bailing_jax.config import ModelConfig
-from bailing_jax.errors import EXIT_USAGE, UserError
+from bailing_jax.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from bailing_jax.params import Param, Source
 from convert.mapping import SLAB_BYTES, copy, in_order, slab_rows
 from convert.native import (
@@ -33,6 +33,7 @@ from convert.plan import Match, match
 from convert.safetensors_file import TensorInfo
 from convert.side_files import side_files
 from convert.source import CONFIG_NAME, CheckpointSource, read_json
+from convert.strict_json import parse_json
 from convert.values import check_values
 from convert.writer import Conversion, OutFile, OutTensor
 
@@ -40,6 +41,9 @@ KEEP = "keep"
 DTYPE_CHOICES = (KEEP, "bfloat16", "float32")
 
 _ALIGNMENT = 64  # bytes of a cache line: what XLA wants of a buffer it uses as it is
+# Experts the disk may read while others are converted: with one at a time it waits for the
+# processor as often as the processor for it.
+_AHEAD = 4
 _METADATA = {"layout": f"{FORMAT}, version {FORMAT_VERSION}"}
 
 Pairs = Sequence[tuple[Source, TensorInfo | None]]
@@ -71,11 +75,11 @@ def plan_native(
         )
     matched = match(config, source.tensors, str(source.folder))
     notes: list[str] = []
-    paths, left_behind = side_files(source.folder, config.vocab_size)
+    copied, left_behind = side_files(source.folder, config.vocab_size)
     if left_behind:
         notes.append(f"not copied: {', '.join(left_behind)}")
     small = {CONFIG_NAME: _config_bytes(where, source.config, decay_layer_offset)}
-    small |= {name: path.read_bytes() for name, path in paths.items()}
+    small |= copied
     files = _layout(source, matched, dtype, notes.append)
     head = _manifest_head(source, config, dtype, small)
     conversion = Conversion(
@@ -132,24 +136,36 @@ def _param_blocks(
     note: Callable[[str], None],
 ) -> Callable[[], Iterator[np.ndarray]]:
     def blocks() -> Iterator[np.ndarray]:
-        for piece, info in pairs:
+        # Experts take turns in one array: fresh memory for each costs as much as reading it.
+        buffer: np.ndarray | None = None
+        for number, (piece, info) in enumerate(pairs):
+            for _, later in pairs[number + 1 : number + 1 + _AHEAD]:
+                if later is not None:
+                    source.expect(later.name)
             if info is None:
                 yield np.zeros(param.shape, dtype)
                 continue
-            tensor = _read_checked(source, info.name, note)
-            part = in_order(piece, tensor)
-            for rows in slab_rows(part.shape, dtype.itemsize):
-                yield _slab(part[rows], dtype)
+            if buffer is None or (buffer.shape, buffer.dtype) != (info.shape, info.dtype):
+                buffer = None  # before its successor is made: memory is counted for one
+                buffer = np.empty(info.shape, info.dtype)
+            source.read_into(info.name, buffer)
+            _check(buffer, info, note)
+            yield from _slabs(in_order(piece, buffer), dtype)
 
     return blocks
 
 
-def _slab(part: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    if not part.flags.c_contiguous:
-        ordered = np.empty(part.shape, part.dtype)
-        copy(part, ordered)
-        part = ordered
-    return part.astype(dtype, copy=False)
+def _slabs(part: np.ndarray, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
+    """The array in C order, a slab at a time; each is good until the next is asked for."""
+    ordered: np.ndarray | None = None
+    for rows in slab_rows(part.shape, dtype.itemsize):
+        slab = part[rows]
+        if not slab.flags.c_contiguous:
+            if ordered is None:
+                ordered = np.empty(slab.shape, slab.dtype)
+            copy(slab, ordered[: len(slab)])
+            slab = ordered[: len(slab)]
+        yield slab.astype(dtype, copy=False)
 
 
 def _extra(source: CheckpointSource, name: str, note: Callable[[str], None]) -> OutTensor:
@@ -159,7 +175,8 @@ def _extra(source: CheckpointSource, name: str, note: Callable[[str], None]) -> 
     memory = info.nbytes + (twin.nbytes if twin else 0)
 
     def blocks() -> Iterator[np.ndarray]:
-        tensor = _read_checked(source, name, note)
+        tensor = source.read(name)
+        _check(tensor, info, note)
         if twin and not same_bytes(tensor, source.read(EMBEDDING)):
             note(
                 f"{name} differs from {EMBEDDING}, although config.json ties them: the model "
@@ -174,7 +191,8 @@ def same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two C-ordered arrays agree in dtype, shape and every bit."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return np.array_equal(one.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8))
+    # By slabs: numpy makes a third array of what it compares.
+    return all(map(np.array_equal, byte_slabs(one), byte_slabs(other)))
 
 
 def byte_slabs(tensor: np.ndarray) -> Iterator[np.ndarray]:
@@ -184,15 +202,11 @@ def byte_slabs(tensor: np.ndarray) -> Iterator[np.ndarray]:
         yield data[start : start + SLAB_BYTES]
 
 
-def _read_checked(
-    source: CheckpointSource, name: str, note: Callable[[str], None]
-) -> np.ndarray:
-    tensor = source.read(name)
-    only_zeros = check_values(tensor, source.tensors[name].file, name)
+def _check(tensor: np.ndarray, info: TensorInfo, note: Callable[[str], None]) -> None:
+    only_zeros = check_values(tensor, info.file, info.name)
     # A bias may well be zero; a matrix of zeros was most likely never filled.
     if only_zeros and tensor.ndim > 1:
-        note(f"{name} holds nothing but zeros")
-    return tensor
+        note(f"{info.name} holds nothing but zeros")
 
 
 def _manifest_head(
@@ -254,7 +268,12 @@ def _manifest(
 
 def _config_bytes(path: Path, config: Mapping[str, Any], decay_layer_offset: int | None) -> bytes:
     if decay_layer_offset is None or config.get("decay_layer_offset") == decay_layer_offset:
-        return path.read_bytes()
+        content = path.read_bytes()
+        if parse_json(content, path, "the model config") != config:
+            raise UserError(
+                f"{path}: the file changed while being read", "Start again.", EXIT_FAILURE
+            )
+        return content
     return _json_bytes({**config, "decay_layer_offset": decay_layer_offset})
 
 
@@ -263,10 +282,23 @@ def _json_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def _is_done(folder: Path, head: Mapping[str, Any]) -> bool:
-    """Whether a folder's manifest begins as ours will; a manifest is written last of all."""
+    """Whether a folder's manifest begins as ours will, and its files are there.
+
+    A manifest is written last of all; `verify` is who looks at the data.
+    """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return False
     found = read_json(path, "the manifest", MANIFEST_LIMIT)
-    same = {key: found.get(key) for key in head if key != "files"}
-    return not first_difference(same, {key: head[key] for key in same})
+    files = found.get("files")
+    if not isinstance(files, dict):
+        return False
+    small = {name: files[name] for name in files if not name.endswith(".safetensors")}
+    if first_difference({**{key: found.get(key) for key in head}, "files": small}, head):
+        return False
+    return all(_has_size(folder / name, entry) for name, entry in files.items())
+
+
+def _has_size(path: Path, entry: object) -> bool:
+    size = entry.get("bytes") if isinstance(entry, dict) else None
+    return path.is_file() and path.stat().st_size == size

@@ -45,11 +45,7 @@ def plan_orbax(native: NativeFolder) -> tuple[ModelConfig, Conversion]:
     digest = sha256_of(native.folder / MANIFEST_NAME)
     extra = tuple(extra_tensor(native, name) for name in native.extra)
     num_bytes = sum(native.params[path].info.nbytes for path in paths)
-    small = {
-        name: (native.folder / name).read_bytes()
-        for name in native.manifest["files"]
-        if not name.endswith(".safetensors")
-    }
+    small = native.small_files()
 
     def make(folder: Path) -> None:
         arrays = {path: native.map(path) for path in paths}

@@ -13,10 +13,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.safetensors_file import malformed, show
+from convert.strict_json import malformed, show
 
-# Larger magnitudes are finite in bfloat16 and float32 and yet never a trained weight.
-LARGEST = 1e30
+# Larger magnitudes are finite in bfloat16 and float32 and yet never a trained weight. A value of
+# bfloat16: what passes as it is then also passes widened to float32, or narrowed from it.
+LARGEST = float(ml_dtypes.bfloat16(1e30))
 
 _BLOCK = 2**18  # elements looked at together: they stay in the cache, 10 times faster than 2**24
 
@@ -70,14 +71,14 @@ def check_values(array: np.ndarray, file: Path, name: str) -> bool:
     if not count and array.dtype in _TOO_LARGE:
         flat = np.abs(array.reshape(-1).astype(np.float64)) > LARGEST
         count, first = int(np.count_nonzero(flat)), int(flat.argmax())
-        what = f"values above {LARGEST:g} in magnitude"
+        what = f"values above {LARGEST:.0e} in magnitude"
     if count:
         index = tuple(int(i) for i in np.unravel_index(first, array.shape))
         raise malformed(
             file,
             f"tensor {show(name)} has {count} {what} of {array.size}, the first at index {index}",
         )
-    return not any(block.any() for block in _blocks(array.reshape(-1).view(np.uint8)))
+    return not any(block.any() for block in _blocks(array.reshape(-1)))
 
 
 def count_not_finite(array: np.ndarray) -> tuple[int, int]:

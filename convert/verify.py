@@ -8,12 +8,9 @@ Hugging Face folder: that it is a checkpoint of its config, and its values; it c
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from bailing_jax.config import ModelConfig
 from bailing_jax.errors import UserError
@@ -21,8 +18,8 @@ from convert.mapping import SLAB_BYTES
 from convert.native import NativeFolder, NativeTensor, open_native, sha256_of
 from convert.output_folder import first_difference
 from convert.plan import match
-from convert.safetensors_file import show
 from convert.source import CONFIG_NAME, CheckpointSource, open_source
+from convert.strict_json import show
 from convert.to_hf import checkpoint_tensors, restored, restored_dtype
 from convert.to_native import same_bytes
 from convert.values import check_values
@@ -134,32 +131,11 @@ def _check_stored(
             verdict.problems.append(f"{native.folder / name}: differs from its sha256")
 
     def check(tensor: NativeTensor) -> None:
-        verdict.problems.extend(_stored_problems(native, tensor, progress))
+        verdict.problems.extend(native.problems_of(tensor, progress.add))
 
     tensors = list(tensors)
     workers.for_each(check, tensors)
     verdict.tensors = len(tensors)
-
-
-def _stored_problems(
-    native: NativeFolder, tensor: NativeTensor, progress: Progress
-) -> list[str]:
-    """Read a tensor slab by slab: its hash, and the values of each slab."""
-    info, digest, problems = tensor.info, hashlib.sha256(), []
-    step = SLAB_BYTES // info.dtype.itemsize
-    for start in range(0, info.nbytes // info.dtype.itemsize, step):
-        size = min(step, info.nbytes // info.dtype.itemsize - start)
-        slab = np.empty(size, info.dtype)
-        native.files.read_part(info.name, start * info.dtype.itemsize, slab)
-        digest.update(slab.view(np.uint8).data)
-        try:
-            check_values(slab, info.file, info.name)
-        except UserError as error:
-            problems = problems or [error.message]
-        progress.add(info.name, slab.nbytes)
-    if digest.hexdigest() != tensor.sha256:
-        problems.append(f"{info.file}: tensor {show(info.name)} differs from its sha256")
-    return problems
 
 
 def _compare_config(native: NativeFolder, original: CheckpointSource, verdict: Verdict) -> None:
@@ -176,18 +152,21 @@ def _compare(
     native: NativeFolder, original: CheckpointSource, name: str, expected: dict
 ) -> list[str]:
     info = original.tensors[name]
-    if name in native.extra:
-        found = native.files.read(name)
-        dtype = found.dtype
+    source, parts = expected.get(name, (None, []))
+    if source is None:
+        stored = native.extra[name].info
+        shape, dtype, recorded = stored.shape, stored.dtype, str(stored.dtype)
     else:
-        source, parts = expected[name]
-        dtype = restored_dtype(native, name, parts[0][0])
+        shape, dtype = source.shape, restored_dtype(native, name, parts[0][0])
         recorded = native.params[parts[0][0]].sources[name]
-        if str(info.dtype) != recorded:
-            return [f"{info.file}: tensor {show(name)} is {info.dtype}, was {recorded}"]
-        found = restored(native, name, source, parts, dtype)
-    if info.shape != found.shape:
-        return [f"{info.file}: tensor {show(name)} has shape {info.shape}, was {found.shape}"]
+    if str(info.dtype) != recorded:
+        return [f"{info.file}: tensor {show(name)} is {info.dtype}, was {recorded}"]
+    if info.shape != shape:
+        return [f"{info.file}: tensor {show(name)} has shape {info.shape}, was {shape}"]
+    try:
+        found = restored(native, name, source, parts, dtype) if source else native.files.read(name)
+    except UserError as error:  # values that no weight has
+        return [error.message]
     wanted = original.read(name)
     same = same_bytes(wanted if wanted.dtype == dtype else wanted.astype(dtype), found)
     return [] if same else [f"{info.file}: tensor {show(name)} differs from {native.folder}"]

@@ -39,8 +39,8 @@ class Workers:
                 raise
 
         with ThreadPoolExecutor(self._count, thread_name_prefix="convert") as pool:
-            futures = [pool.submit(guarded, item) for item in items]
             try:
+                futures = [pool.submit(guarded, item) for item in items]
                 wait(futures, return_when=FIRST_EXCEPTION)
             except BaseException:
                 self._stop.set()  # Ctrl-C: the others end at their next check

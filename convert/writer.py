@@ -22,7 +22,8 @@ from bailing_jax.errors import EXIT_DOES_NOT_FIT, EXIT_USAGE, UserError
 from bailing_jax.params import Shape
 from convert.mapping import SLAB_BYTES
 from convert.output_folder import OutputFolder, locked, not_written, write_all
-from convert.safetensors_file import DTYPES, malformed, show
+from convert.safetensors_file import DTYPES
+from convert.strict_json import malformed, show
 from convert.workers import Workers
 
 DATA_ALIGNMENT = 4096  # where a file's data begins: tensors can then be mapped as they lie
@@ -33,12 +34,22 @@ _PROCESS_BYTES = 192 * 2**20  # interpreter, numpy, headers; the plan of 10**12 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
+class Progress(Protocol):
+    """Told what happens; called from several threads."""
+
+    def begin(self, total_bytes: int, finished_bytes: int) -> None:
+        """Say how many bytes of tensors there are, and how many an earlier process wrote."""
+
+    def add(self, tensor: str, num_bytes: int) -> None:
+        """Some bytes of a tensor are written."""
+
+
 @dataclass(frozen=True)
 class OutTensor:
     """A tensor to be written.
 
-    `blocks` makes C-ordered arrays whose bytes, one after another, are the tensor's; while it
-    runs it holds at most `memory` bytes.
+    `blocks` makes C-ordered arrays whose bytes, one after another, are the tensor's; each is good
+    until the next is asked for. While it runs it holds at most `memory` bytes and a few slabs.
     """
 
     name: str
@@ -106,6 +117,7 @@ class Conversion:
         check_unchanged: raises UserError if the source is not what it was.
         notes: remarks for the user, added to while blocks are made.
         folder: made after the weights; when a conversion is resumed, made anew.
+        check: run before anything is written; what it reads are `check_bytes`.
     """
 
     files: tuple[OutFile, ...]
@@ -116,6 +128,8 @@ class Conversion:
     check_unchanged: Callable[[], None]
     notes: list[str]
     folder: Folder | None = None
+    check: Callable[[Workers, Progress], None] | None = None
+    check_bytes: int = 0
 
     @property
     def data_bytes(self) -> int:
@@ -130,9 +144,19 @@ class Conversion:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes the folder will need, but for what `last` makes."""
-        small = sum(map(len, self.small.values()))
-        return small + self.data_bytes + sum(len(file.header()) for file in self.files)
+        """Bytes the folder will need."""
+        digest = "0" * 64  # as long as the real ones
+        records = {
+            file.name: {
+                "bytes": len(file.header()) + file.data_bytes,
+                "header_sha256": digest,
+                "tensors": {tensor.name: digest for tensor in file.tensors},
+            }
+            for file in self.files
+        }
+        small = {**self.small, **self.last(records)}
+        weights = sum(record["bytes"] for record in records.values())
+        return self._folder_bytes + weights + sum(map(len, small.values()))
 
     @property
     def _folder_bytes(self) -> int:
@@ -141,16 +165,6 @@ class Conversion:
     def peak_memory(self, workers: int) -> int:
         """An upper bound of the bytes of memory `write` needs."""
         return _budget(self) + 4 * workers * SLAB_BYTES + _PROCESS_BYTES
-
-
-class Progress(Protocol):
-    """Told what happens; called from several threads."""
-
-    def begin(self, total_bytes: int, finished_bytes: int) -> None:
-        """Say how many bytes of tensors there are, and how many an earlier process wrote."""
-
-    def add(self, tensor: str, num_bytes: int) -> None:
-        """Some bytes of a tensor are written."""
 
 
 @dataclass(frozen=True)
@@ -178,11 +192,6 @@ def write(conversion: Conversion, path: Path, workers: int, progress: Progress) 
             return Outcome(0, 0, already_complete=True)
         try:
             return _write(conversion, folder, workers, progress)
-        except UserError as error:
-            # A disk that failed may work again. What was wrong with the input stays wrong.
-            if not isinstance(error.__cause__, OSError):
-                folder.discard()
-            raise
         except OSError as error:
             raise not_written(path, error) from error
 
@@ -195,12 +204,21 @@ def _write(
     finished = sum(f.data_bytes for f in conversion.files if f.name in folder.finished)
     made = sum(record["bytes"] for record in folder.finished.values())
     check_free(folder.path, conversion.total_bytes - made)
-    progress.begin(conversion.data_bytes, finished)
+    progress.begin(conversion.check_bytes + conversion.data_bytes, finished)
     threads = Workers(workers, _budget(conversion))
-    threads.for_each(_FileWriter(folder, threads, progress).write, pending)
-    if conversion.folder:
-        conversion.folder.make(folder.files / conversion.folder.name)
-    conversion.check_unchanged()
+    try:
+        if conversion.check:
+            conversion.check(threads, progress)
+        threads.for_each(_FileWriter(folder, threads, progress).write, pending)
+        if conversion.folder:
+            conversion.folder.make(folder.files / conversion.folder.name)
+            folder.sync_folder(conversion.folder.name)
+        conversion.check_unchanged()
+    except UserError as error:
+        # A disk that failed may work again. What was wrong with the input stays wrong.
+        if not isinstance(error.__cause__, OSError):
+            folder.discard()
+        raise
     for name, content in conversion.small.items():
         folder.write_small(name, content)
     for name, content in conversion.last(folder.finished).items():
@@ -255,11 +273,22 @@ class _FileWriter:
                 data = block.reshape(-1).view(np.uint8).data
                 write_all(descriptor, data, offset + done)
                 digest.update(data)
+                _begin_writing_back(descriptor, offset + done, len(data))
                 done += len(data)
                 self._progress.add(tensor.name, len(data))
         if done != tensor.nbytes:
             raise ValueError(f"{tensor.name} has {tensor.nbytes} bytes, its blocks {done}")
         return digest.hexdigest()
+
+
+def _begin_writing_back(descriptor: int, start: int, size: int) -> None:
+    """Have the disk write what lies in the cache while we go on, rather than all at the fsync.
+
+    Linux understands that nobody needs these pages any more as exactly that; elsewhere nothing
+    happens.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
 
 def _budget(conversion: Conversion) -> int:
