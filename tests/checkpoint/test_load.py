@@ -331,6 +331,6 @@ def test_the_limit_is_exact(spare: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_preset_too_large_for_any_machine_is_refused_at_once() -> None:
-    error = refused("Ling-1T")
+    error = refused("Ling-1T", dtype="float32")
     assert error.exit_code == EXIT_DOES_NOT_FIT
     assert re.search(r"weights +37\d\d\.\d\d GiB", error.message)  # 999.7e9 float32
