@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,14 +26,8 @@ from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.params import Param, describe
 from convert.mapping import SLAB_BYTES
 from convert.plan import READABLE
-from convert.safetensors_file import SafetensorsFile, TensorInfo, open_regular
-from convert.source import (
-    CONFIG_NAME,
-    CheckpointSource,
-    check_contained,
-    read_headers,
-    read_json,
-)
+from convert.safetensors_file import SafetensorsFile, TensorInfo
+from convert.source import CONFIG_NAME, CheckpointSource, read_headers, read_json, read_small
 from convert.strict_json import malformed, show
 from convert.values import check_values
 
@@ -129,7 +122,7 @@ class NativeFolder:
         for name, entry in self.manifest["files"].items():
             if name.endswith(".safetensors"):
                 continue
-            content[name] = _content(self.folder / name)
+            content[name] = read_small(self.folder / name, "the file", MANIFEST_LIMIT)
             if hashlib.sha256(content[name]).hexdigest() != entry["sha256"]:
                 raise malformed(
                     self.folder / name,
@@ -240,17 +233,7 @@ def sha256_of(path: Path) -> str:
     Raises:
         UserError: it cannot be read.
     """
-    return hashlib.sha256(_content(path)).hexdigest()
-
-
-def _content(path: Path) -> bytes:
-    check_contained(path)
-    descriptor, status = open_regular(path)
-    with os.fdopen(descriptor, "rb") as file:
-        if status.st_size > MANIFEST_LIMIT:  # as much as the largest file that is read whole
-            problem = f"has {status.st_size} bytes; at most {MANIFEST_LIMIT} are read"
-            raise malformed(path, problem, "Put the original back.")
-        return file.read()
+    return hashlib.sha256(read_small(path, "the file", MANIFEST_LIMIT)).hexdigest()
 
 
 def check_params(native: NativeFolder, config: ModelConfig) -> tuple[Param, ...]:

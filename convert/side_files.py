@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bailing_jax.errors import UserError
-from convert.safetensors_file import open_regular, read_exactly, refuse_lfs_pointer
-from convert.source import CONFIG_NAME, INDEX_NAME, check_contained
+from convert.source import CONFIG_NAME, INDEX_NAME, read_small
 from convert.strict_json import DOWNLOAD_AGAIN, malformed, parse_json, show
 
 MAX_BYTES = 16 * 2**20
@@ -110,7 +109,8 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _checked(path: Path, vocab_size: int) -> bytes:
     """The file's content, which is what was checked: the file may change."""
-    raw = _read(path, MAX_VOCABULARY_BYTES if path.name in _VOCABULARIES else MAX_BYTES)
+    limit = MAX_VOCABULARY_BYTES if path.name in _VOCABULARIES else MAX_BYTES
+    raw = read_small(path, "the file", limit)
     if path.name not in _JSON:
         return raw
     document = parse_json(_escape_brackets(raw), path, "the file")
@@ -121,20 +121,6 @@ def _checked(path: Path, vocab_size: int) -> bytes:
     elif path.name == "generation_config.json":
         _check_generation_config(path, document, vocab_size)
     return raw
-
-
-def _read(path: Path, limit: int) -> bytes:
-    check_contained(path)
-    descriptor, status = open_regular(path)
-    try:
-        if status.st_size > limit:
-            raise malformed(path, f"has {status.st_size} bytes; at most {limit} are copied")
-        raw = bytearray(status.st_size)
-        read_exactly(descriptor, path, memoryview(raw), 0)
-    finally:
-        os.close(descriptor)
-    refuse_lfs_pointer(path, raw)
-    return bytes(raw)
 
 
 def _escape_brackets(raw: bytes) -> bytes:

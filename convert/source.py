@@ -193,6 +193,15 @@ def read_json(path: Path, what: str, limit: int = _JSON_LIMIT) -> dict[str, Any]
         UserError: the file cannot be read, leaves its folder, is a Git LFS pointer or is too
             large, or it is not UTF-8 JSON with unique keys, finite numbers and an object on top.
     """
+    return parse_json(read_small(path, what, limit), path, what)
+
+
+def read_small(path: Path, what: str, limit: int) -> bytes:
+    """Read a whole file of at most `limit` bytes; errors call it `what`.
+
+    Raises:
+        UserError: the file cannot be read, leaves its folder, is a Git LFS pointer or is too large.
+    """
     check_contained(path)
     descriptor, status = open_regular(path)
     try:
@@ -203,7 +212,7 @@ def read_json(path: Path, what: str, limit: int = _JSON_LIMIT) -> dict[str, Any]
     finally:
         os.close(descriptor)
     refuse_lfs_pointer(path, raw)
-    return parse_json(bytes(raw), path, what)
+    return bytes(raw)
 
 
 def check_contained(path: Path) -> None:

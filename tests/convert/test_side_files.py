@@ -197,7 +197,7 @@ def test_s17_files_have_a_size_limit(folder: Path, name: str) -> None:
     limit = MAX_VOCABULARY_BYTES if large else MAX_BYTES
     (folder / name).touch()
     os.truncate(folder / name, limit + 1)  # sparse: only its size is large
-    refused(folder, f"{name}: has {limit + 1} bytes; at most {limit}")
+    refused(folder, f"{name}: the file has {limit + 1} bytes; at most {limit}")
 
 
 @pytest.mark.parametrize(("name", "limit"), [("merges.txt", 64_000_000), ("NOTICE", 16 * 2**20)])
