@@ -37,7 +37,9 @@ DEVICE_FREE = (
     *(f"bailing_jax.{name}" for name in ("config", "layer_plan", "params", "presets", "errors")),
     *(f"bailing_jax.engine.{name}" for name in ("scheduler", "slots", "pages", "stop")),
 )
-FOLDERS = (*PACKAGES, *(f"bailing_jax.{n}" for n in ("layers", "engine", "text", "checkpoint")))
+FOLDERS = (
+    *PACKAGES, *(f"bailing_jax.{n}" for n in ("layers", "engine", "text", "checkpoint", "tasks")),
+)  # fmt: skip
 TYPE_CHECKING = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 REQUIRED = (
     *DEVICE_FREE,
@@ -188,7 +190,7 @@ def convert_knows_only_the_description(project: Project) -> list[str]:
 
 
 def ledger_and_text_need_no_device(project: Project) -> list[str]:
-    return _devices_reached(project, *DEVICE_FREE, "bailing_jax.text")
+    return _devices_reached(project, *DEVICE_FREE, "bailing_jax.text", "bailing_jax.tasks")
 
 
 def nobody_imports_a_command(project: Project) -> list[str]:
@@ -268,6 +270,7 @@ PLANTED = (
      "from ..model import Model", "bailing_jax.engine.slots"),
     (ledger_and_text_need_no_device, "bailing_jax/engine/pages.py",
      "import importlib\nimportlib.import_module('jax')", "jax"),
+    (ledger_and_text_need_no_device, "bailing_jax/tasks/recall.py", "import jax", "jax"),
     (nobody_imports_a_command, "bailing_jax/llm.py",
      "def f():\n    from . import generate", "bailing_jax.generate"),
     (nobody_imports_a_command, "convert/plan.py", "import bailing_jax.serve", "serve"),
