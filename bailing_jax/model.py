@@ -8,6 +8,7 @@ come out, and `logits` reads the rows that are wanted. `build` makes a model fro
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ from bailing_jax.layers.norms import RMSNorm
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.params import Param, describe
 from bailing_jax.state import DecodeState
+
+# (graphdef, params, x, leaf, layout, log_decay) -> (x, leaf)
+RunLayer = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 class BailingModel(nnx.Module):
@@ -46,9 +50,14 @@ class BailingForCausalLM(nnx.Module):
         self.config = config
 
     def __call__(
-        self, state: DecodeState, layout: BatchLayout
+        self, state: DecodeState, layout: BatchLayout, run_layer: RunLayer | None = None
     ) -> tuple[jax.Array, DecodeState, list[jax.Array]]:
         """Run every layer over one step.
+
+        Args:
+            state: what the layers remember; comes back changed.
+            layout: the step.
+            run_layer: runs one layer in place of the usual way (training watches the routers).
 
         Returns:
             The residual stream after the last layer [rows, d] (before the final norm), the new
@@ -59,9 +68,10 @@ class BailingForCausalLM(nnx.Module):
         decays = jnp.asarray(
             decay_table(config) if config.lightning else jnp.zeros((config.num_layers, 1))
         )
+        run = run_layer or _run_layer
         stream, leaves = [x], []
         for layer, leaf, log_decay in zip(self.model.layers, state.layers, decays, strict=True):
-            x, leaf = _run_layer(*nnx.split(layer), x, leaf, layout, log_decay)
+            x, leaf = run(*nnx.split(layer), x, leaf, layout, log_decay)
             stream.append(x)
             leaves.append(leaf)
         return x, DecodeState(tuple(leaves)), stream

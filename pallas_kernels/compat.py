@@ -15,6 +15,37 @@ import jax.numpy as jnp
 
 def einsum(formula: str, *operands: jax.Array) -> jax.Array:
     """`jnp.einsum` with float32 result and explicit precision."""
+    if len(operands) == 2 and all(x.dtype != jnp.float32 for x in operands):
+        return _narrow_product(formula, *operands)
+    return _einsum(formula, *operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow_product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product of narrow operands; its gradients are narrow products too."""
+    return _einsum(formula, a, b)
+
+
+def _narrow_product_gradients(
+    formula: str, operands: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    # The float32 gradient of a float32 result would otherwise drag both products to float32.
+    a, b = operands
+    inputs, _, result = formula.partition("->")
+    of_a, of_b = inputs.split(",")
+    g = g.astype(a.dtype)
+    return (
+        _einsum(f"{result},{of_b}->{of_a}", g, b).astype(a.dtype),
+        _einsum(f"{of_a},{result}->{of_b}", a, g).astype(b.dtype),
+    )
+
+
+_narrow_product.defvjp(
+    lambda formula, a, b: (_narrow_product(formula, a, b), (a, b)), _narrow_product_gradients
+)
+
+
+def _einsum(formula: str, *operands: jax.Array) -> jax.Array:
     contract = functools.partial(jnp.einsum, formula, preferred_element_type=jnp.float32)
     highest = functools.partial(contract, precision=jax.lax.Precision.HIGHEST)
     if any(x.dtype == jnp.float32 for x in operands):
@@ -30,3 +61,24 @@ def einsum(formula: str, *operands: jax.Array) -> jax.Array:
         cpu=widened,
         default=functools.partial(contract, precision=jax.lax.Precision.DEFAULT),
     )
+
+
+def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+    """Causal softmax attention of whole sequences, differentiable.
+
+    Args:
+        q: [B, T, N, H].
+        k: [B, T, Kh, H]; query head n reads key head n * Kh // N.
+        v: [B, T, Kh, H].
+        scale: factor of the scores.
+
+    Returns:
+        [B, T, N, H] in q's dtype. NVIDIA's fused kernel where it has one for the dtype and the
+        width, XLA's otherwise.
+    """
+    narrow = q.dtype in (jnp.bfloat16, jnp.float16)
+    fused = jax.default_backend() == "gpu" and narrow and q.shape[-1] % 8 == 0 <= 128 - q.shape[-1]
+    with jax.default_matmul_precision("default" if narrow else "highest"):
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=True, implementation="cudnn" if fused else "xla"
+        )

@@ -80,6 +80,7 @@ def segment_of(number: jax.Array, ends: jax.Array) -> tuple[jax.Array, jax.Array
     return jnp.minimum(found, ends.shape[0] - 1), found < ends.shape[0]
 
 
+@jax.custom_vjp
 def take_rows(x: jax.Array, tiles: Tiles) -> jax.Array:
     """Rows of x [T, ...] as tiles [n, size, ...]; rows that do not exist are zero.
 
@@ -89,8 +90,44 @@ def take_rows(x: jax.Array, tiles: Tiles) -> jax.Array:
     return jnp.where(valid, x[tiles.rows], 0)
 
 
+@jax.custom_vjp
 def put_rows(y: jax.Array, tiles: Tiles) -> jax.Array:
     """The inverse of `take_rows`: [n, size, ...] to [T, ...]; rows in no segment are zero."""
     # Gathered, not scattered: XLA's CPU scatter is a loop over rows.
     rows = y.reshape((-1, *y.shape[2:]))[tiles.row_place]
     return jnp.where(tiles.row_exists.reshape((-1,) + (1,) * (rows.ndim - 1)), rows, 0)
+
+
+# Every row that exists has one place, so each of the two is the other's transpose: gradients are
+# gathered too, where differentiating a gather would scatter.
+take_rows.defvjp(
+    lambda x, tiles: (take_rows(x, tiles), tiles), lambda tiles, g: (put_rows(g, tiles), None)
+)
+put_rows.defvjp(
+    lambda y, tiles: (put_rows(y, tiles), tiles), lambda tiles, g: (take_rows(g, tiles), None)
+)
+
+
+def tile_a_segment(cu_seqlens: jax.Array, num_rows: int, size: int) -> Tiles:
+    """One tile of `size` rows a segment; rows of a segment beyond `size` are in no tile.
+
+    See `tile_segments`; here tile p is segment p.
+    """
+    num_segments = cu_seqlens.shape[0] - 1
+    length = jnp.minimum(cu_seqlens[1:] - cu_seqlens[:-1], size)
+    offset = jnp.arange(size, dtype=jnp.int32)
+    row_segment, row_exists = segment_of(jnp.arange(num_rows, dtype=jnp.int32), cu_seqlens[1:])
+    within = jnp.arange(num_rows, dtype=jnp.int32) - cu_seqlens[row_segment]
+    row_exists &= within < size
+    segment = jnp.arange(num_segments, dtype=jnp.int32)
+    return Tiles(
+        segment=segment,
+        rows=jnp.clip(cu_seqlens[:-1, None] + offset, 0, num_rows - 1),
+        valid=offset < length[:, None],
+        length=length,
+        is_first=length > 0,
+        last_tile=segment,
+        row_segment=row_segment,
+        row_exists=row_exists,
+        row_place=jnp.where(row_exists, row_segment * size + within, 0),
+    )

@@ -30,8 +30,15 @@ class Router(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.choose(self.scores(x))
+
+    def scores(self, x: jax.Array) -> jax.Array:
+        """Each expert's affinity to each row, float32 [t, e] in (0, 1)."""
+        return jax.nn.sigmoid(einsum("td,de->te", x.astype(jnp.float32), self.weight[...]))
+
+    def choose(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Expert ids and weights of scores [t, e]."""
         config = self.config
-        scores = jax.nn.sigmoid(einsum("td,de->te", x.astype(jnp.float32), self.weight[...]))
         biased = self._keep_best_groups(scores + self.expert_bias[...])
         _, ids = jax.lax.top_k(biased, config.num_experts_per_token)
         weights = jnp.take_along_axis(scores, ids, axis=1)
@@ -74,7 +81,12 @@ class MoE(nnx.Module):
         self.kernels = kernels
 
     def __call__(self, x: jax.Array, exists: jax.Array) -> jax.Array:
-        ids, weights = self.gate(x)
+        return self.mix(x, exists, *self.gate(x))
+
+    def mix(
+        self, x: jax.Array, exists: jax.Array, ids: jax.Array, weights: jax.Array
+    ) -> jax.Array:
+        """The experts `ids` [t, x], weighted, and the shared ones."""
         experts = self.experts
         y = expert_mlp(
             x,

@@ -7,9 +7,9 @@ import functools
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.grouped_matmul import reference, train, xla
 
-for _name, _module in (("xla", xla), ("reference", reference)):
+for _name, _module in (("xla", xla), ("reference", reference), ("train", train)):
     dispatch.register("expert_mlp", _name, _module.expert_mlp)
 
 

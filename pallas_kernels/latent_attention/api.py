@@ -11,10 +11,10 @@ import functools
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.latent_attention import reference, xla
+from pallas_kernels.latent_attention import reference, train, xla
 from pallas_kernels.paged_attention.api import check_sequences
 
-for _name, _module in (("xla", xla), ("reference", reference)):
+for _name, _module in (("xla", xla), ("reference", reference), ("train", train)):
     dispatch.register("latent_attention", _name, _module.latent_attention)
 
 

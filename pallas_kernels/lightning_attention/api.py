@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.lightning_attention import reference, xla
+from pallas_kernels.lightning_attention import reference, train, xla
 
 CHUNK_SIZE = 64
 
 for _name, _module in (("xla", xla), ("reference", reference)):
     dispatch.register("lightning_prefill", _name, _module.lightning_prefill)
     dispatch.register("lightning_decode", _name, _module.lightning_decode)
+dispatch.register("lightning_prefill", "train", train.lightning_prefill)
 
 
 def lightning_prefill(

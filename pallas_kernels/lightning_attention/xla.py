@@ -11,11 +11,16 @@ Every exponent is <= 0, so nothing overflows however fast a head forgets.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compat import einsum
 from pallas_kernels.tiles import Tiles, put_rows, take_rows, tile_segments
+
+# (added, decay, entering, tiles) -> the state before and after every chunk.
+JoinChunks = Callable[[jax.Array, jax.Array, jax.Array, Tiles], tuple[jax.Array, jax.Array]]
 
 
 def lightning_prefill(
@@ -30,16 +35,17 @@ def lightning_prefill(
     is_fresh: jax.Array,
     scale: float,
     chunk_size: int,
+    join: JoinChunks | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.lightning_prefill`."""
+    """See `api.lightning_prefill`; `join` carries the state from chunk to chunk."""
     tiles = tile_segments(cu_seqlens, q.shape[0], chunk_size)
     q_tile, k_tile, v_tile = (take_rows(x, tiles) for x in (q, k, v))
     old = state[slots]
     entering = jnp.where(is_fresh[:, None, None, None], 0, old.astype(jnp.float32))
-    before, after = _states(k_tile, v_tile, log_decay, entering, tiles)
+    added, decay = _of_chunks(k_tile, v_tile, log_decay, tiles)
+    before, after = (join or _one_by_one)(added, decay, entering, tiles)
     o = scale * (
-        _within_chunk(q_tile, k_tile, v_tile, log_decay)
-        + _from_before(q_tile, before, log_decay)
+        _within_chunk(q_tile, k_tile, v_tile, log_decay) + _from_before(q_tile, before, log_decay)
     )
     o = put_rows(o.astype(v.dtype), tiles)
     o = jnp.where((slots != 0)[tiles.row_segment][:, None, None], o, 0)
@@ -67,14 +73,20 @@ def _from_before(q: jax.Array, before: jax.Array, log_decay: jax.Array) -> jax.A
     return einsum("ginh,gnhv->ginv", q.astype(jnp.float32), before) * decay[:, :, None]
 
 
-def _states(
-    k: jax.Array, v: jax.Array, log_decay: jax.Array, entering: jax.Array, tiles: Tiles
+def _of_chunks(
+    k: jax.Array, v: jax.Array, log_decay: jax.Array, tiles: Tiles
 ) -> tuple[jax.Array, jax.Array]:
-    """The state before and after every chunk: each [n, N, K, V] float32."""
+    """What each chunk adds to the state [n, N, K, V] and leaves of it [n, N, 1, 1], float32."""
     left = jnp.maximum(tiles.length[:, None] - 1 - jnp.arange(k.shape[1]), 0)
     k = k * jnp.exp(left[:, :, None] * log_decay)[..., None]
     added = einsum("gjnk,gjnv->gnkv", k, v.astype(jnp.float32))
-    decay = jnp.exp(tiles.length[:, None] * log_decay)[:, :, None, None]
+    return added, jnp.exp(tiles.length[:, None] * log_decay)[:, :, None, None]
+
+
+def _one_by_one(
+    added: jax.Array, decay: jax.Array, entering: jax.Array, tiles: Tiles
+) -> tuple[jax.Array, jax.Array]:
+    """The state before and after every chunk, each [n, N, K, V] float32, in one pass."""
 
     def chunk(state, tile):
         added, decay, is_first, entering_segment = tile

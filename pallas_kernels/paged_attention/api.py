@@ -11,9 +11,9 @@ import functools
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.paged_attention import reference, train, xla
 
-for _name, _module in (("xla", xla), ("reference", reference)):
+for _name, _module in (("xla", xla), ("reference", reference), ("train", train)):
     dispatch.register("paged_attention", _name, _module.paged_attention)
 
 
