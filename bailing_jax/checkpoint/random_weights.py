@@ -21,12 +21,16 @@ def random_model(config: ModelConfig, options: RuntimeOptions, seed: int) -> Bai
     """A model of normal weights (standard deviation fan_in ** -0.5), unit norms, zero biases."""
 
     def make(param: Param) -> jax.Array:
-        dtype = param_dtype(param, options)
-        if param.init != "normal":
-            return jax.device_put(np.full(param.shape, param.init == "ones", dtype))
-        generator = np.random.default_rng([seed, zlib.crc32(param.path.encode())])
-        values = generator.standard_normal(param.shape, np.float32)
-        values *= param.sources[0].shape[-1] ** -0.5
-        return jax.device_put(values.astype(dtype))
+        return jax.device_put(draw(param, seed).astype(param_dtype(param, options)))
 
     return build(config, options, make)
+
+
+def draw(param: Param, seed: int) -> np.ndarray:
+    """A parameter's random values, float32."""
+    if param.init != "normal":
+        return np.full(param.shape, param.init == "ones", np.float32)
+    generator = np.random.default_rng([seed, zlib.crc32(param.path.encode())])
+    values = generator.standard_normal(param.shape, np.float32)
+    values *= param.sources[0].shape[-1] ** -0.5
+    return values

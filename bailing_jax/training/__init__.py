@@ -1,0 +1,1 @@
+"""Training: data, loss, optimizer, the loop, and the checkpoint that comes out."""
