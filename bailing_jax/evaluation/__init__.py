@@ -1,0 +1,1 @@
+"""What the evaluate command does: problems, their answers, likelihoods, and what they say."""

@@ -1,0 +1,176 @@
+"""The perplexity task: windows, their likelihoods, the figures, and which decay they speak for."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bailing_jax.cli import flags
+from bailing_jax.engine_options import EngineOptions
+from bailing_jax.errors import EXIT_USAGE, UserError, bad_value
+from bailing_jax.evaluation import decay, likelihood, windows
+from bailing_jax.evaluation.answer_file import AnswerFile
+from bailing_jax.evaluation.intervals import mean_a_token
+from bailing_jax.evaluation.options import offsets
+from bailing_jax.evaluation.windows import Window
+from bailing_jax.loading import LoadedModel, find_folder, load
+from convert.source import read_json
+
+MAX_WINDOW = 2048
+KEY = "decay_layer_offset"
+
+Say = Callable[[str], None]
+Found = dict[str, Any]
+
+
+def run(
+    args: argparse.Namespace, model: str, texts: Mapping[str, str], keep: AnswerFile, say: Say
+) -> Found:
+    """Measure; returns the fields of the JSON line.
+
+    Args:
+        args: checked arguments.
+        model: folder or name.
+        texts: by file name; none: worked problems.
+        keep: gets a record for each window.
+        say: prints a line on stderr.
+
+    Raises:
+        UserError: model, window or texts can't be used.
+    """
+    options = EngineOptions(**flags.engine_options(args))
+    overrides = flags.json_object("--hf-overrides", args.hf_overrides)
+    loaded = load(model, options, overrides, args.seed, say, download=args.download)
+    wanted = offsets(args.decay_layer_offset)
+    if wanted is not None:
+        likelihood.check_offsets(loaded)
+    made = _windows(args, loaded, texts)
+    tokens = [window.num_scored for window in made]
+    say(f"{len(made)} windows, {sum(tokens)} tokens to predict")
+    start = time.perf_counter()
+    nll = {}
+    for offset in (loaded.config.decay_layer_offset,) if wanted is None else wanted:
+        say(f"decay layer offset {offset}" if wanted else "scoring")
+        nll[offset] = likelihood.nll(likelihood.scorer(loaded, offset), made, say)
+    seconds = time.perf_counter() - start
+    for index, window in enumerate(made):
+        keep.write(_record(index, window, {offset: sums[index] for offset, sums in nll.items()}))
+    keep.sync()
+    found: Found = {
+        "num": len(made),
+        "tokens": sum(tokens),
+        "window": max(len(window.ids) for window in made),
+        "data": list(texts) or None,
+        "seconds": round(seconds, 3),
+        "tokens_per_s": round(sum(tokens) * len(nll) / seconds, 2),
+        "offsets": {str(offset): _figures(sums, tokens) for offset, sums in nll.items()},
+    }
+    if wanted is not None:
+        stated = _stated(model, loaded)
+        found["config_offset"] = stated
+        if len(wanted) == 2:
+            verdict = decay.judge(nll, tokens)
+            found |= decay.as_json(verdict)
+            found["warning"] = decay.disagreement(verdict, stated)
+    return found | {"dtype": loaded.runtime.dtype, "max_model_len": loaded.limits.max_model_len}
+
+
+def as_text(found: Mapping[str, Any]) -> str:
+    """The figures to be read."""
+    lines = [
+        f"perplexity: {found['num']} windows of up to {found['window']} tokens, "
+        f"{found['tokens']} tokens predicted"
+    ]
+    lines.append(f"{'offset':<8}{'perplexity':>12}{'nats a token':>14}  95 % interval")
+    for offset, figures in found["offsets"].items():
+        lines.append(
+            f"{offset:<8}{figures['perplexity']:>12.4f}{figures['nll']:>14.5f}  "
+            + _shown(figures["nll_ci95"])
+        )
+    if "config_offset" in found:
+        stated = found["config_offset"]
+        lines.append(f"config.json states offset {'none' if stated is None else stated}")
+    if "verdict" in found:
+        lines.append(
+            f"offset 1 minus offset 0: {found['difference']:+.6f} nats a token, 95 % interval "
+            + _shown(found["difference_ci95"], "+.6f")
+        )
+        lines.append(found["verdict"])
+        if found["warning"]:
+            lines.append(f"warning: {found['warning']}")
+    lines.append(f"{found['seconds']:.1f} s: {found['tokens_per_s']:.1f} tokens/s")
+    return "\n".join(lines)
+
+
+def _windows(
+    args: argparse.Namespace, loaded: LoadedModel, texts: Mapping[str, str]
+) -> list[Window]:
+    tokenizer, template = loaded.tokenizer, loaded.chat_template
+    if tokenizer is None:
+        raise UserError(
+            f"{loaded.name}: has no tokenizer.json, so it can't read a text",
+            "Use a complete release folder.",
+            EXIT_USAGE,
+        )
+    limit = loaded.limits.max_model_len
+    if texts:
+        length = min(MAX_WINDOW, limit) if args.window is None else args.window
+        if length > limit:
+            raise bad_value("--window", length, f"2 to {limit} (--max-model-len)")
+        made: list[Window] = []
+        for name, text in texts.items():
+            made += windows.cut(name, tokenizer.encode(text), length)
+        return made[: args.num]
+    if template is None:
+        raise UserError(
+            f"{loaded.name}: has no chat template for worked problems",
+            "Give a text: --data FILE.",
+            EXIT_USAGE,
+        )
+    num = windows.DEFAULT_PROBLEMS if args.num is None else args.num
+    made = windows.worked_problems(args.seed, num, windows.renderer(tokenizer, template))
+    longest = max(len(window.ids) for window in made)
+    if longest > limit:
+        raise UserError(
+            f"a worked problem has {longest} tokens; max_model_len is {limit}",
+            "Raise --max-model-len, or give a text: --data FILE.",
+            EXIT_USAGE,
+        )
+    return made
+
+
+def _figures(sums: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
+    mean = mean_a_token(sums, tokens)
+    return {
+        "perplexity": math.exp(mean.mean),
+        "nll": mean.mean,
+        "nll_ci95": decay.interval(mean),
+    }
+
+
+def _record(index: int, window: Window, nll: Mapping[int, float]) -> dict[str, Any]:
+    return {
+        "index": index,
+        "source": window.source,
+        "tokens": list(window.ids),
+        "first": window.first,
+        "nll": {str(offset): value for offset, value in nll.items()},
+    }
+
+
+def _stated(model: str, loaded: LoadedModel) -> int | None:
+    """What the checkpoint's config.json says about the offset; None: nothing."""
+    folder = find_folder(model, download=False)
+    if not folder.exists():  # a preset's
+        return None
+    says = KEY in read_json(folder / "config.json", "config")
+    return loaded.config.decay_layer_offset if says else None
+
+
+def _shown(interval: Sequence[float] | None, form: str = ".5f") -> str:
+    if interval is None:
+        return "none (one window)"
+    return f"{interval[0]:{form}} to {interval[1]:{form}}"
