@@ -148,7 +148,7 @@ class ModelConfig:
 
         values = source if isinstance(source, Mapping) else _read_json(Path(source))
         where = where if isinstance(source, Mapping) else str(source)
-        fields = Fields({**values, **(overrides or {})}, where)
+        fields = Fields({**values, **(overrides or {})}, where, (overrides or {}).keys())
         config = read(fields)
         unknown = fields.unknown()
         strangers = sorted(set(unknown) & set(overrides or {}))
@@ -157,6 +157,7 @@ class ModelConfig:
                 f"hf_overrides: unknown name {', '.join(strangers)}",
                 "Use config.json's own names (or decay_layer_offset).",
                 EXIT_USAGE,
+                options=("hf_overrides",),
             )
         if unknown:
             warnings.warn(

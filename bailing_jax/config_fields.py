@@ -7,7 +7,7 @@ nobody understood. It knows nothing of models: the meaning of the keys is in `co
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from bailing_jax.errors import EXIT_USAGE, UserError
 
@@ -15,17 +15,29 @@ MAX_INT = 2**31 - 1
 
 
 class Fields:
-    """The keys of one JSON object (`values`), found in `where` (a file name for messages)."""
+    """The keys of one JSON object (`values`), found in `where` (a file name for messages).
 
-    def __init__(self, values: Mapping[str, object], where: str) -> None:
+    Those in `overridden` were not found there: the caller gave them as hf_overrides.
+    """
+
+    def __init__(
+        self, values: Mapping[str, object], where: str, overridden: Collection[str] = ()
+    ) -> None:
         self.values = values
         self.where = where
+        self._overridden = overridden
         self._known: set[str] = set()
         self._strange: list[str] = []
 
     def refuse(self, key: str, value: object, allowed: str, hint: str = "") -> UserError:
         """The error for a key whose value can't be used."""
-        return UserError(f"{self.where}: {key} = {value!r}; allowed: {allowed}", hint, EXIT_USAGE)
+        where = "hf_overrides" if key in self._overridden else self.where
+        return UserError(
+            f"{where}: {key} = {value!r}; allowed: {allowed}",
+            hint,
+            EXIT_USAGE,
+            options={"hf_overrides"} & {where},
+        )
 
     def get(self, key: str) -> object:
         """The raw value, or None when absent or null."""

@@ -100,6 +100,7 @@ class EngineOptions:
                 "max_model_len",
                 length,
                 f"up to {config.max_positions} (max_position_embeddings; hf_overrides changes it)",
+                options=("hf_overrides",),
             )
         return EngineLimits(self.max_num_seqs, length, self.prefill_chunk, PAGE_SIZE)
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+
+from bailing_jax.terminal import is_terminal, tell
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -30,40 +33,78 @@ class UserError(Exception):
         hint: what to do about it; may be empty.
         exit_code: the code a command exits with (2: bad usage or config, 3: does not fit,
             1: anything else).
+        options: the names in message and hint that a command has flags for.
     """
 
-    def __init__(self, message: str, hint: str = "", exit_code: int = EXIT_FAILURE) -> None:
+    def __init__(
+        self,
+        message: str,
+        hint: str = "",
+        exit_code: int = EXIT_FAILURE,
+        *,
+        options: Iterable[str] = (),
+    ) -> None:
         super().__init__(message if not hint else f"{message}\n{hint}")
         self.message = message
         self.hint = hint
         self.exit_code = exit_code
+        self.options = frozenset(options)
+
+    def shown(self, flags: Mapping[str, str]) -> tuple[str, str]:
+        """Message and hint as a command shows them, with the flag in place of each option."""
+        names = "|".join(self.options & flags.keys())
+        if not names:
+            return self.message, self.hint
+        # Not inside a value, which stands in quotes, nor inside another name.
+        whole = re.compile(rf"(?<![\w'\"-])(?:{names})(?![\w'\"])")
+        return tuple(  # pyright: ignore[reportReturnType]
+            whole.sub(lambda found: flags[found[0]], text) for text in (self.message, self.hint)
+        )
 
 
-def bad_value(name: str, value: object, allowed: str) -> UserError:
-    """The refusal of an option's value, which is shown as far as a line has room."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, where a terminal's line with its ^C has been ended already."""
+
+
+def bad_value(name: str, value: object, allowed: str, *, options: Iterable[str] = ()) -> UserError:
+    """The refusal of an option's value, which is shown as far as a line has room.
+
+    Args:
+        name: the option's.
+        value: what it got.
+        allowed: what it takes.
+        options: others that `allowed` names.
+    """
     try:
         text = repr(value)
     except ValueError:  # Python writes no integer of thousands of digits
         text = f"a huge {type(value).__name__}"
     shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-    return UserError(f"{name} = {shown}; allowed: {allowed}", exit_code=EXIT_USAGE)
+    return UserError(
+        f"{name} = {shown}; allowed: {allowed}", exit_code=EXIT_USAGE, options=(name, *options)
+    )
 
 
-def run_command(main: Callable[[], int]) -> int:
-    """Run a command's `main`, turning the errors a user can cause into a line and an exit code."""
+def run_command(main: Callable[[], int], flags: Mapping[str, str] | None = None) -> int:
+    """Run a command's `main`, turning the errors a user can cause into a line and an exit code.
+
+    Args:
+        main: returns the exit code.
+        flags: what the command calls the options that errors name; others keep their names.
+    """
     try:
         return main()
     except UserError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"  {error.hint}", file=sys.stderr)
+        tell_error(error, flags or {})
         return error.exit_code
     except MemoryError:
-        print("error: the machine ran out of memory", file=sys.stderr)
-        print("  Use a smaller model or smaller limits, or a machine with more.", file=sys.stderr)
+        tell("error: the machine ran out of memory")
+        tell("  Use a smaller model or smaller limits, or a machine with more.")
         return EXIT_DOES_NOT_FIT
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        # The terminal has just written ^C, and stays on its line.
+        fresh = "\n" * (is_terminal(sys.stderr) and not isinstance(error, Interrupted))
+        tell(f"{fresh}interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our stdout went away (`... | head`).
@@ -74,9 +115,15 @@ def run_command(main: Callable[[], int]) -> int:
         if error.errno not in _FULL:
             raise
         _drop_stdout()
-        print(f"error: stdout can't be written: {error.strerror}", file=sys.stderr)
-        print("  Make room where it leads, or send it elsewhere.", file=sys.stderr)
+        tell(f"error: stdout can't be written: {error.strerror}")
+        tell("  Make room where it leads, or send it elsewhere.")
         return EXIT_FAILURE
+
+
+def tell_error(error: UserError, flags: Mapping[str, str]) -> None:
+    """Print what is wrong, and below it what to do."""
+    message, hint = error.shown(flags)
+    tell(f"error: {message}" + f"\n  {hint}" * bool(hint))
 
 
 def _drop_stdout() -> None:

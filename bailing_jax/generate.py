@@ -16,8 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bailing_jax import small_model
 from bailing_jax.cli import flags, profile
 from bailing_jax.errors import EXIT_OK, EXIT_USAGE, UserError, run_command
+from bailing_jax.terminal import tell
 
 if TYPE_CHECKING:
     from bailing_jax.cli.prompts import PromptMaker
@@ -29,11 +31,11 @@ Say = Callable[[str], None]
 def main(argv: list[str] | None = None) -> int:
     """Parse, load, generate; returns the exit code."""
     args = flags.parser().parse_args(argv)
-    return run_command(lambda: _run(args))
+    return run_command(lambda: _run(args), flags.names(args))
 
 
 def _run(args: argparse.Namespace) -> int:
-    say: Say = (lambda _line: None) if args.quiet else _say
+    say: Say = (lambda _line: None) if args.quiet else tell
     warnings.showwarning = lambda message, *_args, **_kwargs: say(f"warning: {message}")
     if sys.stdout is None and args.input is None:  # as after `>&-`
         raise UserError("stdout is closed", "Let it lead somewhere; answers go there.", EXIT_USAGE)
@@ -45,11 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     overrides = flags.json_object("--hf-overrides", args.hf_overrides)
     flags.json_object("--chat-template-args", args.chat_template_args)
     if args.model is None:
-        raise UserError(
-            "--model is missing; no model ships with the package yet",
-            "Give a checkpoint folder or a preset's name.",
-            EXIT_USAGE,
-        )
+        small_model.folder()  # if it is missing, that is said at once
     if args.dry_run:
         return _dry_run(args, overrides)
     profile.check(args.profile)
@@ -78,11 +76,15 @@ def _one_shot(args: argparse.Namespace, say: Say) -> int:
 
     params = from_mapping(flags.sampling_fields(args), "--sampling")
     ids, text = prompts.parse_ids(args.prompt_ids), prompts.read_text(args)
+    problem = prompts.example(args.seed) if ids is None and text is None else None
     engine = _Engine(args, say)
     if ids is None:
-        ids = engine.prompts.from_text(text or "")
+        ids = engine.prompts.from_text(problem.question if problem else text or "")
     request = engine.llm.prepare(ids, params)
     engine.compile(len(ids))
+    if problem:
+        say("no prompt was given (-p TEXT, or -p - for stdin); a problem it was not trained on:")
+        say(problem.question)
     with profile.profiling(args.profile, say):
         one_shot.answer(
             engine.llm,
@@ -92,6 +94,8 @@ def _one_shot(args: argparse.Namespace, say: Say) -> int:
             inside_thinking=engine.prompts.opens_thinking(ids),
             say=say,
         )
+    if problem:
+        say(f"the right result is {problem.result}")
     engine.close()
     return EXIT_OK
 
@@ -182,10 +186,6 @@ class _Engine:
     def close(self) -> None:
         """Put the compile cache in order."""
         self._cache.close()
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ threads.
 from __future__ import annotations
 
 import operator
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -30,13 +29,10 @@ from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.loading import Report, load
 from bailing_jax.request import Answer, Request, RequestOutput, StreamPiece
 from bailing_jax.sampling_params import SamplingParams, resolve
+from bailing_jax.terminal import tell
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-
-
-def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 class LLM:
@@ -44,7 +40,7 @@ class LLM:
 
     Args:
         model: a checkpoint folder, org/name in the Hugging Face cache, or a preset's name (random
-            weights from `seed`).
+            weights from `seed`); None: the small model that ships with the package.
         dtype: of weights and activations, "float32" or "bfloat16"; None: float32 on a CPU, the
             checkpoint's elsewhere.
         state_dtype: of the recurrent state, "float32" or "bfloat16".
@@ -68,7 +64,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | None = None,
         *,
         dtype: str | None = None,
         state_dtype: str = "float32",
@@ -82,7 +78,7 @@ class LLM:
         batch_invariant: bool = False,
         hf_overrides: Mapping[str, object] | None = None,
         seed: int = 0,
-        report: Report = _print,
+        report: Report = tell,
         download: bool = False,
     ) -> None:
         options = EngineOptions(
@@ -118,10 +114,14 @@ class LLM:
     def warm_up_all(
         self,
         sampling_params: SamplingParams | None = None,
-        report: Report = _print,
+        report: Report = tell,
     ) -> None:
         """Compile ahead everything that requests with such parameters can run."""
         self._engine.warm_up_all(self._resolved(sampling_params or SamplingParams()), report)
+
+    def watch_compiling(self, report: Callable[[str], None] | None) -> None:
+        """Call `report` before each step that compiles, with its sizes; None: nobody any more."""
+        self._engine.on_compile = report or _ignore
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a plain text; names of control tokens in it are plain text too.
@@ -319,8 +319,8 @@ class LLM:
 
     def _resolved(self, params: SamplingParams) -> SamplingParams:
         resolved = resolve(params, self.generation_config, f"{self._name}: generation_config.json")
-        tokens = [*(params.logit_bias or ()), *(params.stop_token_ids or ())]
-        self._checked_ids(tokens, "logit_bias and stop_token_ids", empty=True)
+        for name in ("logit_bias", "stop_token_ids"):
+            self._checked_ids(list(getattr(params, name) or ()), name, empty=True)
         return resolved
 
     def _answers(self, prompt_length: int, params: SamplingParams) -> list[Answer]:
@@ -329,6 +329,7 @@ class LLM:
                 f"{self._name}: stop strings need tokenizer.json, which the folder lacks",
                 "Use stop_token_ids.",
                 EXIT_USAGE,
+                options=("stop_token_ids",),
             )
         room = self.limits.max_model_len - prompt_length
         return [
@@ -373,6 +374,7 @@ class LLM:
                 f"max_model_len is {self.limits.max_model_len}",
                 "Shorten the prompt or raise max_model_len.",
                 EXIT_USAGE,
+                options=("max_model_len",),
             )
         return ids
 
@@ -395,12 +397,13 @@ class LLM:
             raise UserError(
                 f"{what}: token id {wrong[0]}; allowed: 0 to {self.config.vocab_size - 1}",
                 exit_code=EXIT_USAGE,
+                options=(what,),
             )
         return ids
 
 
-def _ignore(_piece: StreamPiece) -> None:
-    """What becomes of pieces nobody asked for."""
+def _ignore(_report: StreamPiece | str) -> None:
+    """What becomes of reports nobody asked for."""
 
 
 def _is_token_ids(prompts: object) -> TypeGuard[Sequence[int]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bailing_jax import hub, runtime
+from bailing_jax import hub, runtime, small_model
 from bailing_jax.checkpoint.load import Weights, load_model, match_native, match_released
 from bailing_jax.checkpoint.random_weights import random_model
 from bailing_jax.config import SUPPORTED, ModelConfig
@@ -61,7 +61,7 @@ class LoadedModel:
 
 
 def load(
-    model: str | Path,
+    model: str | Path | None,
     options: EngineOptions,
     hf_overrides: Mapping[str, object],
     seed: int,
@@ -72,7 +72,8 @@ def load(
     """Load a checkpoint folder, or make random weights for a preset name.
 
     Args:
-        model: a folder, a preset's name, or org/name on the Hugging Face hub.
+        model: a folder, a preset's name, or org/name on the Hugging Face hub; None: the small model
+            that ships with the package.
         options: the engine's.
         hf_overrides: config.json keys that replace the file's.
         seed: of a preset's random weights.
@@ -83,6 +84,10 @@ def load(
         UserError: anything wrong with name, folder, config, tensors, options or memory.
     """
     folder = find_folder(model, download=download)
+    name = str(folder)
+    if model is None:
+        name = small_model.NAME
+        report(f"no model was named: this is {name}")
     preset = None if folder.exists() else find_preset(str(model))
     if preset is not None:
         config = ModelConfig.from_hf(preset.hf_config, hf_overrides, where=preset.name)
@@ -99,19 +104,22 @@ def load(
         with open_native(folder) as native:
             config = native.model_config(hf_overrides)
             weights = match_native(config, native)
-            return _load_folder(folder, config, weights, options, report)
+            return _load_folder(folder, name, config, weights, options, report)
     with open_source(folder) as source:
         where = str(folder / "config.json")
         config = ModelConfig.from_hf(source.config, hf_overrides, where=where)
-        return _load_folder(folder, config, match_released(config, source), options, report)
+        weights = match_released(config, source)
+        return _load_folder(folder, name, config, weights, options, report)
 
 
-def find_folder(model: str | Path, *, download: bool) -> Path:
-    """The folder of a model; of a preset, one that does not exist.
+def find_folder(model: str | Path | None, *, download: bool) -> Path:
+    """The folder of a model, None being the shipped one; of a preset, one that does not exist.
 
     Raises:
         UserError: there is none of that name.
     """
+    if model is None:
+        return small_model.folder()
     folder = Path(model)
     if folder.exists() or find_preset(str(model)) is not None:
         return folder
@@ -137,6 +145,7 @@ def _preset_list() -> str:
 
 def _load_folder(
     folder: Path,
+    name: str,
     config: ModelConfig,
     weights: Weights,
     options: EngineOptions,
@@ -149,7 +158,7 @@ def _load_folder(
     generation = folder / "generation_config.json"
     generation_config = read_json(generation, "generation_config") if generation.exists() else {}
     runtime_options, limits, spec = _checked(config, options, report)
-    report(f"reading {weights.num_bytes / 1e6:,.1f} MB from {folder}")
+    report(f"reading {weights.num_bytes / 1e6:,.1f} MB from {name}")
     return LoadedModel(
         config=config,
         runtime=runtime_options,
@@ -159,7 +168,7 @@ def _load_folder(
         tokenizer=tokenizer,
         chat_template=chat_template,
         generation_config=generation_config,
-        name=str(folder),
+        name=name,
     )
 
 
@@ -177,12 +186,25 @@ def _checked(
     runtime.check_fits(
         {"weights": weights, "state": state_bytes(config, spec)}, options.memory_fraction
     )
+    for line in _in_words(config, runtime_options, limits, options):
+        report(line)
+    return runtime_options, limits, spec
+
+
+def _in_words(
+    config: ModelConfig,
+    runtime_options: RuntimeOptions,
+    limits: EngineLimits,
+    options: EngineOptions,
+) -> tuple[str, str]:
+    """The model and its numbers; the engine and its sizes."""
+    sequences = f"{limits.max_num_seqs} sequence{'s' * (limits.max_num_seqs != 1)}"
+    tokens = f"{limits.max_model_len} token{'s' * (limits.max_model_len != 1)}"
     decay = "" if config.lightning is None else f", decay layer offset {config.decay_layer_offset}"
-    report(
+    return (
         f"{config.architecture}: {sum(p.size for p in describe(config)) / 1e6:.1f} M parameters, "
         f"{runtime_options.dtype}, state {options.state_dtype}, "
-        f"rope {runtime_options.rotated_dtype}{decay}, {limits.max_num_seqs} sequences of "
-        f"{limits.max_model_len} tokens, prefill chunk {limits.prefill_chunk}, "
-        f"kernels {options.kernels} on {runtime.platform()}"
+        f"rope {runtime_options.rotated_dtype}",
+        f"{sequences} of {tokens}, prefill chunk {limits.prefill_chunk}{decay}, "
+        f"kernels {options.kernels} on {runtime.platform()}",
     )
-    return runtime_options, limits, spec

@@ -57,4 +57,5 @@ def check_fits(needs: Mapping[str, int], memory_fraction: float) -> None:
         f"({memory_fraction:g} of {memory / GIB:.2f} GiB)\n{table}",
         "Smaller: max_num_seqs, max_model_len, dtype bfloat16. Larger: memory_fraction.",
         EXIT_DOES_NOT_FIT,
+        options=("max_num_seqs", "max_model_len", "dtype", "memory_fraction"),
     )

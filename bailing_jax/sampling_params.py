@@ -28,6 +28,8 @@ class SamplingParams:
         min_p: keep tokens at least this fraction as probable as the best.
         repetition_penalty: divides positive and multiplies negative logits of tokens that have
             occurred in prompt or answer.
+        presence_penalty: taken off the logits of tokens that have occurred in the answer, -2 to 2.
+        frequency_penalty: the same, times how often they have occurred there.
         logit_bias: added to the logits of these token ids.
         seed: of this request's random numbers, which depend on seed and position only; None
             draws one.
@@ -45,6 +47,8 @@ class SamplingParams:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
     stop: str | Sequence[str] | None = None
@@ -67,6 +71,8 @@ class SamplingParams:
         _number("top_p", self.top_p, 0, 1, open_low=True)
         _number("min_p", self.min_p, 0, 1)
         _number("repetition_penalty", self.repetition_penalty, _SMALL, _LARGE)
+        _number("presence_penalty", self.presence_penalty, -2, 2)
+        _number("frequency_penalty", self.frequency_penalty, -2, 2)
         if not isinstance(self.ignore_eos, bool):
             raise bad_value("ignore_eos", self.ignore_eos, "true, false")
         self._check_collections()
@@ -96,13 +102,14 @@ class SamplingParams:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-_FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _NEUTRAL: Mapping[str, object] = {
     "temperature": 0.0,
     "top_k": 0,
     "top_p": 1.0,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
 }
 
 
@@ -116,14 +123,14 @@ def resolve(
     Raises:
         UserError: a value of the file is out of range; names `where`.
     """
-    named = {name: generation_config.get(name) for name in _FROM_MODEL}
+    named = {name: generation_config.get(name) for name in _NEUTRAL}
     defaults = {**_NEUTRAL, **{name: v for name, v in named.items() if v is not None}}
     # A file that samples without naming a temperature means 1.
     if generation_config.get("do_sample") and named["temperature"] is None:
         defaults["temperature"] = 1.0
     if generation_config.get("do_sample") is False:
         defaults["temperature"] = 0.0
-    missing = {name: defaults[name] for name in _FROM_MODEL if getattr(params, name) is None}
+    missing = {name: defaults[name] for name in _NEUTRAL if getattr(params, name) is None}
     try:
         return replace(params, **missing)  # pyright: ignore[reportArgumentType]
     except UserError as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bailing_jax.config import ModelConfig
-from bailing_jax.errors import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, UserError
+from bailing_jax.errors import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, Interrupted, UserError
 from bailing_jax.params import Param, Source
 from convert import inspect_checkpoint
 from convert.inspect_checkpoint import Stored
@@ -141,7 +141,7 @@ def _convert(
     except KeyboardInterrupt:
         progress.end()
         tell("what is finished is kept: run the same command to go on")
-        raise
+        raise Interrupted from None
     finally:
         progress.end()
     print_outcome(args, output, conversion, outcome, progress.seconds)

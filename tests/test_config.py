@@ -280,6 +280,15 @@ def test_an_override_replaces_the_files_key(key: str, value: object) -> None:
     assert overridden != plain
 
 
+def test_a_bad_override_is_not_blamed_on_the_file() -> None:
+    with pytest.raises(UserError, match=r"^hf_overrides: head_dim = 'x'; allowed: ") as caught:
+        ModelConfig.from_hf(BASES[V2_5], {"head_dim": "x"})
+    assert caught.value.options == {"hf_overrides"}
+    with pytest.raises(UserError, match=r"^config\.json: head_dim = 'x'; allowed: ") as caught:
+        ModelConfig.from_hf({**BASES[V2_5], "head_dim": "x"}, {"hidden_size": 64})
+    assert not caught.value.options
+
+
 def test_an_override_may_name_another_architecture() -> None:
     assert ModelConfig.from_hf(BASES[V2_5], {"architectures": [V2_5]}) == read(V2_5)
     with pytest.raises(UserError, match="BailingMoeV3ForCausalLM"):

@@ -102,6 +102,46 @@ def test_greedy_answers_are_the_best_of_the_logits(
         assert min(entry.values()) > np.sort(row)[-3] - BOUND
 
 
+def penalised_answer(llm: LLM, prompt: list[int], p: SamplingParams) -> list[int]:
+    """Greedy tokens by the definition: the model's logits less what numpy counts in the answer."""
+    answer: list[int] = []
+    for _ in range(p.max_tokens):
+        scores = llm.logits(prompt + answer)[-1].astype(np.float64)
+        counts = np.bincount(answer, minlength=len(scores))
+        scores -= (p.presence_penalty or 0) * (counts > 0) + (p.frequency_penalty or 0) * counts
+        second, first = np.sort(scores)[-2:]
+        assert first - second > BOUND  # no tie that rounding could turn
+        answer.append(int(scores.argmax()))
+    return answer
+
+
+def test_penalties_count_the_answer_whoever_shares_the_steps(
+    llm: LLM, rng: np.random.Generator
+) -> None:
+    """Alone, in company, in another order, and begun again after it was stopped half-way."""
+    strengths = [(0.0, 0.0), (2.0, 0.0), (0.0, 0.7), (-2.0, -1.0), (1.5, -0.5), (-1.0, 2.0)]
+    params = [
+        greedy(12, ignore_eos=True, presence_penalty=presence, frequency_penalty=frequency)
+        for presence, frequency in strengths
+    ]
+    prompts = [[5, 6, 7, 7], *prompts_of(rng, (3, 9, 17, 2, 5))]
+    want = [penalised_answer(llm, *pair) for pair in zip(prompts, params, strict=True)]
+    assert [ids_of(answer) for answer in llm.generate(prompts, params)] == want
+    assert [
+        ids_of(llm.generate(prompt, p)[0]) for prompt, p in zip(prompts, params, strict=True)
+    ] == want
+    plain = [ids_of(answer) for answer in llm.generate(prompts, greedy(12, ignore_eos=True))]
+    assert sum(a != b for a, b in zip(plain, want, strict=True)) >= 4
+    stopped = llm.prepare(prompts[2], params[2])
+    llm.submit(stopped)
+    for _ in range(5):
+        llm.step()
+    llm.cancel(stopped)
+    order = rng.permutation(len(prompts))
+    shuffled = llm.generate([prompts[i] for i in order], [params[i] for i in order])
+    assert [ids_of(answer) for answer in shuffled] == [want[i] for i in order]
+
+
 def test_logprobs_are_the_models_own_whatever_the_sampling(llm: LLM) -> None:
     prompt = [5, 6, 7]
     fields = {"temperature": 3.0, "repetition_penalty": 4.0, "logit_bias": {9: 5.0}, "seed": 1}
@@ -201,8 +241,8 @@ BAD_REQUESTS: list[tuple[Any, Any, str]] = [
     (prompts, greedy(), message) for prompts, message in BAD_PROMPTS[2:7]
 ] + [
     ([[1], [2]], [greedy()], "2 prompts and 1 sampling_params"),
-    ([[1], [2]], [greedy(), greedy(stop="")], "stop string ''"),
-    ([[1], [2]], [greedy(), greedy(stop=["a"] * 17)], "17 stop strings"),
+    ([[1], [2]], [greedy(), greedy(stop="")], "stop = ''"),
+    ([[1], [2]], [greedy(), greedy(stop=["a"] * 17)], "stop = 17 strings"),
     ([[1], [2]], [greedy(), greedy(stop_token_ids=[VOCAB_SIZE])], f"token id {VOCAB_SIZE}"),
     ([[1], [2]], [greedy(), greedy(logit_bias={999: 1.0})], "token id 999"),
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,12 +37,15 @@ from spoiled_folders import (
 )
 from tiny_models import VOCAB_SIZE, write_tiny_model
 
+from bailing_jax import LLM, small_model
+from bailing_jax.cli import flags
 from bailing_jax.errors import (
     EXIT_DOES_NOT_FIT,
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_USAGE,
+    UserError,
 )
 from bailing_jax.generate import main
 from bailing_jax.presets import preset_names
@@ -115,55 +119,64 @@ FLAGS: list[tuple[tuple[str, ...], str]] = [
     ((*IDS, "--output", "x"), "--output is of a job"),
     (("--input", "x"), "--input needs --output"),
     (("--input", "x", "--output", "y", "--json"), "--json is for one prompt"),
-    ((*IDS, "--max-tokens", "0"), "max_tokens = 0; allowed: "),
-    ((*IDS, "--temperature", "-1"), "temperature = -1.0; allowed: a number >= 0"),
-    ((*IDS, "--temperature", "nan"), "temperature = nan; allowed: "),
-    ((*IDS, "--temperature", "9" * 400), "temperature = inf; allowed: a number >= 0"),
-    (sampling(temperature=10**400), "temperature = 1000000"),
-    ((*IDS, "--top-p", "0"), "top_p = 0.0; allowed: "),
-    ((*IDS, "--top-p", "2"), "top_p = 2.0; allowed: "),
-    ((*IDS, "--top-k", "-5"), "top_k = -5; allowed: "),
-    ((*IDS, "--min-p", "2"), "min_p = 2.0; allowed: "),
-    ((*IDS, "--seed", "-1"), "seed = -1; allowed: "),
-    ((*IDS, "--max-model-len", "0"), "max_model_len = 0; allowed: "),
-    ((*IDS, "--max-model-len", "9999"), "max_model_len = 9999; allowed: up to 512"),
+    ((*IDS, "--max-tokens", "0"), "--max-tokens = 0; allowed: "),
+    ((*IDS, "--temperature", "-1"), "--temperature = -1; allowed: a number >= 0"),
+    ((*IDS, "--temperature", "-1e3"), "--temperature = -1000; allowed: a number >= 0"),
+    ((*IDS, "--temperature", "-inf"), "--temperature = -inf; allowed: a number >= 0"),
+    ((*IDS, "--temperature", "-0.25"), "--temperature = -0.25; allowed: a number >= 0"),
+    ((*IDS, "--temperature", "nan"), "--temperature = nan; allowed: "),
+    ((*IDS, "--temperature", "9" * 400), "--temperature = inf; allowed: a number >= 0"),
+    (sampling(temperature=10**400), "temperature (in --sampling) = 1000000"),
+    ((*IDS, "--top-p", "0"), "--top-p = 0; allowed: "),
+    ((*IDS, "--top-p", "2"), "--top-p = 2; allowed: "),
+    ((*IDS, "--top-k", "-5"), "--top-k = -5; allowed: "),
+    ((*IDS, "--min-p", "2"), "--min-p = 2; allowed: "),
+    ((*IDS, "--presence-penalty", "-2.5"), "--presence-penalty = -2.5; allowed: a number >= -2"),
+    ((*IDS, "--presence-penalty", "3"), "--presence-penalty = 3; allowed: a number >= -2 and <= 2"),
+    ((*IDS, "--frequency-penalty", "2.01"), "--frequency-penalty = 2.01; allowed: a number >= -2"),
+    ((*IDS, "--frequency-penalty", "-3"), "--frequency-penalty = -3; allowed: a number >= -2"),
+    (sampling(presence_penalty=-9), "presence_penalty (in --sampling) = -9; allowed: "),
+    (sampling(frequency_penalty="x"), "frequency_penalty (in --sampling) = 'x'; allowed: "),
+    ((*IDS, "--seed", "-1"), "--seed = -1; allowed: "),
+    ((*IDS, "--max-model-len", "0"), "--max-model-len = 0; allowed: "),
+    ((*IDS, "--max-model-len", "9999"), "--max-model-len = 9999; allowed: up to 512"),
     ((*IDS, "--max-model-len", "3"), "3 tokens leave no room for an answer"),
-    ((*IDS, "--max-num-seqs", "-1"), "max_num_seqs = -1; allowed: "),
-    ((*IDS, "--max-num-seqs", "0"), "max_num_seqs = 0; allowed: "),
-    ((*IDS, "--prefill-chunk", "0"), "prefill_chunk = 0; allowed: "),
-    ((*IDS, "--memory-fraction", "0"), "memory_fraction = 0.0; allowed: "),
-    ((*IDS, "--memory-fraction", "nan"), "memory_fraction = nan; allowed: "),
-    ((*IDS, "--memory-fraction", "2"), "memory_fraction = 2.0; allowed: "),
-    ((*IDS, "--dtype", "int8"), "dtype = 'int8'; allowed: "),
-    ((*IDS, "--dtype", "x" * 9000), "dtype = 'xxx"),
-    ((*IDS, "--state-dtype", "int8"), "state_dtype = 'int8'; allowed: "),
-    ((*IDS, "--rope-dtype", "int8"), "rope_dtype = 'int8'; allowed: "),
-    ((*IDS, "--kernels", "cuda"), "kernels = 'cuda'; allowed: "),
-    ((*IDS, "--mesh", "data=1,tensor=2"), "mesh = 'data=1,tensor=2'; allowed: one device"),
-    ((*IDS, "--batch-invariant"), "batch_invariant = True; allowed: False"),
-    ((*IDS, "--stop", ""), "stop string '' has 0 characters; allowed: "),
-    ((*IDS, "--stop", "x" * 100_000), "100000 characters; allowed: "),
-    (sampling(stop=[str(i) for i in range(1000)]), "1000 stop strings; allowed: "),
+    ((*IDS, "--max-num-seqs", "-1"), "--max-num-seqs = -1; allowed: "),
+    ((*IDS, "--max-num-seqs", "0"), "--max-num-seqs = 0; allowed: "),
+    ((*IDS, "--prefill-chunk", "0"), "--prefill-chunk = 0; allowed: "),
+    ((*IDS, "--memory-fraction", "0"), "--memory-fraction = 0; allowed: "),
+    ((*IDS, "--memory-fraction", "nan"), "--memory-fraction = nan; allowed: "),
+    ((*IDS, "--memory-fraction", "2"), "--memory-fraction = 2; allowed: "),
+    ((*IDS, "--dtype", "int8"), "--dtype = 'int8'; allowed: "),
+    ((*IDS, "--dtype", "x" * 9000), "--dtype = 'xxx"),
+    ((*IDS, "--state-dtype", "int8"), "--state-dtype = 'int8'; allowed: "),
+    ((*IDS, "--rope-dtype", "int8"), "--rope-dtype = 'int8'; allowed: "),
+    ((*IDS, "--kernels", "cuda"), "--kernels = 'cuda'; allowed: "),
+    ((*IDS, "--mesh", "data=1,tensor=2"), "--mesh = 'data=1,tensor=2'; allowed: one device"),
+    ((*IDS, "--batch-invariant"), "--batch-invariant = True; allowed: False"),
+    ((*IDS, "--stop", ""), "--stop = '', of 0 characters; allowed: "),
+    ((*IDS, "--stop", "x" * 100_000), "of 100000 characters; allowed: "),
+    (sampling(stop=[str(i) for i in range(1000)]), "stop (in --sampling) = 1000 strings"),
     ((*IDS, "--hf-overrides", "{"), "--hf-overrides: not JSON"),
     ((*IDS, "--hf-overrides", "[" * 100_000), "--hf-overrides: not JSON"),
-    ((*IDS, "--hf-overrides", '{"head_dim": "x"}'), "head_dim = 'x'"),
+    ((*IDS, "--hf-overrides", '{"head_dim": "x"}'), "--hf-overrides: head_dim = 'x'"),
     ((*IDS, "--hf-overrides", "[1]"), "--hf-overrides: want a JSON object, got [1]"),
-    ((*IDS, "--hf-overrides", '{"nonsense": 1}'), "unknown name nonsense"),
+    ((*IDS, "--hf-overrides", '{"nonsense": 1}'), "--hf-overrides: unknown name nonsense"),
     (("-p", "x", "--chat-template-args", "{"), "--chat-template-args: not JSON"),
-    (("-p", "x", "--chat-template-args", '{"messages": []}'), "template argument 'messages'"),
+    (("-p", "x", "--chat-template-args", '{"messages": []}'), "--chat-template-args: 'messages'"),
     ((*IDS, "--sampling", "{"), "--sampling: not JSON"),
     ((*IDS, "--sampling", f'{{"seed": {"9" * 5000}}}'), "--sampling: not JSON: Exceeds the"),
     ((*IDS, "--sampling", "3"), "--sampling: want a JSON object"),
-    (sampling(stop=5), "stop = 5; allowed: "),
-    (sampling(logit_bias={"x": 1}), "logit_bias = {'x': 1}; allowed: "),
-    (sampling(logit_bias={"1": float("nan")}), "logit_bias = nan; allowed: "),
+    (sampling(stop=5), "stop (in --sampling) = 5; allowed: "),
+    (sampling(logit_bias={"x": 1}), "logit_bias (in --sampling) = {'x': 1}; allowed: "),
+    (sampling(logit_bias={"1": float("nan")}), "logit_bias (in --sampling) = nan; allowed: "),
     (sampling(best_of=1), "unknown sampling field best_of"),
-    (sampling(n=100), "n = 100; allowed: "),
-    (sampling(stop="x" * 9000, top_p="x" * 9000), "top_p = 'xxx"),
-    (sampling(logit_bias={"9" * 5000: 1}), "logit_bias = {'999"),
-    (sampling(logit_bias={"1": 1, "01": 2}), "logit_bias = {'1': 1, '01': 2}; allowed: each"),
-    (sampling(logit_bias={"999": 1}), "token id 999; allowed: 0 to"),
-    (sampling(stop_token_ids=[999]), "token id 999; allowed: 0 to"),
+    (sampling(n=100), "n (in --sampling) = 100; allowed: "),
+    (sampling(stop="x" * 9000, top_p="x" * 9000), "top_p (in --sampling) = 'xxx"),
+    (sampling(logit_bias={"9" * 5000: 1}), "logit_bias (in --sampling) = {'999"),
+    (sampling(logit_bias={"1": 1, "01": 2}), "(in --sampling) = {'1': 1, '01': 2}; allowed: each"),
+    (sampling(logit_bias={"999": 1}), "logit_bias (in --sampling): token id 999; allowed: 0 to"),
+    (sampling(stop_token_ids=[999]), "stop_token_ids (in --sampling): token id 999; allowed: 0"),
 ]
 
 
@@ -180,11 +193,12 @@ def test_flags(
         (("--nope",), "unrecognized arguments: --nope"),
         (("--seed", "x"), "argument --seed: invalid int value: 'x'"),
         (("--max-num-seqs", "1.5"), "argument --max-num-seqs: invalid int value: '1.5'"),
-        (("--top-p", "high"), "argument --top-p: invalid float value: 'high'"),
+        (("--top-p", "high"), "argument --top-p: invalid number value: 'high'"),
         ((*IDS, "-p", "a"), "not allowed with argument"),
         (("-p", "a", "--prompt-file", "b"), "not allowed with argument"),
         (("--chat", "--input", "b"), "not allowed with argument"),
         (("--model",), "argument --model: expected one argument"),
+        (("--temperature",), "argument --temperature/--temp: expected one argument"),
     ],
     ids=str,
 )
@@ -333,6 +347,12 @@ def preset(*args: str, says: str, code: int = EXIT_USAGE) -> Callable[[Path, Pat
     return lambda _good, _tmp, _patch: ((*args, *IDS), says, code)
 
 
+def no_small_model(_good: Path, tmp: Path, patch: Patch) -> Case:
+    """An installation without the weights of the shipped model."""
+    patch.setattr(small_model, "__file__", str(tmp / "__init__.py"))
+    return (), "the small model's weights are not installed", EXIT_FAILURE
+
+
 def profile_in_a_file(good: Path, tmp: Path, _patch: Patch) -> Case:
     (tmp / "file").write_text("")
     return ("--model", good, *IDS, "--profile", tmp / "file/x"), "can't be written", EXIT_USAGE
@@ -367,7 +387,7 @@ OTHERS: dict[str, Callable[[Path, Path, Patch], Case]] = {
     "job output of another": job(GOOD_LINE, "out", write("out", '{"id": 7, "x": 1}\n')),
     "job output is its input": job(GOOD_LINE, "both the job's input and its", output="in"),
     "unknown preset": preset("--model", "ling-9", says="ling-9: no such folder"),
-    "no model": preset(says="--model is missing"),
+    "no small model": no_small_model,
     "download what": preset("--download", says="--model is missing"),
     "unsupported preset": preset("--model", "ling-3.0-tiny", says="BailingMoeV3ForCausalLM"),
     "huge preset": preset(
@@ -409,11 +429,68 @@ def test_what_does_not_fit_comes_with_a_table(
 ) -> None:
     lines = check(capsys, *too_large(good, tmp_path, monkeypatch))
     assert [line.split()[0] for line in lines[1:]] == ["weights", "state", "Smaller:"]
-    assert "memory_fraction" in lines[-1]
+    smaller = "--max-num-seqs, --max-model-len, --dtype bfloat16"
+    assert lines[-1] == f"  Smaller: {smaller}. Larger: --memory-fraction."
 
 
 def test_the_tables_are_long_enough() -> None:
     assert len(FLAGS) + len(FOLDERS) + len(OTHERS) >= 60
+
+
+HINTS: list[tuple[Spoil, tuple[str, ...], str]] = [
+    (lambda _: None, ("-p", "a b c d " * 50), "Shorten the prompt or raise --max-model-len."),
+    (remove("tokenizer.json"), (*IDS, "--stop", "x"), "Use stop_token_ids (in --sampling)."),
+]
+
+
+@pytest.mark.parametrize(("spoil", "args", "hint"), HINTS, ids=[h[2] for h in HINTS])
+def test_remedies_name_flags(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Spoil,
+    args: tuple[str, ...],
+    hint: str,
+) -> None:
+    spoil(folder)
+    assert check(capsys, ("--model", folder, *args), "", EXIT_USAGE)[-1] == f"  {hint}"
+
+
+def test_no_mistake_speaks_of_an_option_by_another_name_than_its_flag(
+    good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only in --sampling fields keep their names, and it is said that they stand there."""
+    options = "|".join(flags.names(flags.parser().parse_args([])))
+    bare = re.compile(rf"(?<![\w'-])({options})(?= = | is |: |[.,;])")
+    for args, _ in FLAGS:
+        main(["--max-model-len", "96", "--quiet", "--model", str(good), *args])
+        shown = capsys.readouterr().err.splitlines()
+        assert shown
+        # What follows "Known: " are the fields of --sampling.
+        assert not any(bare.search(line) for line in shown if "Known: " not in line), args
+
+
+def test_a_line_of_a_job_keeps_its_keys_and_the_flags_beside_it_are_named(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").write_text('{"prompt_ids": [1], "top_p": 7}\n')
+    args = ("--model", good, "--input", tmp_path / "in", "--output", tmp_path / "out")
+    lines = check(capsys, args, "in, line 1: top_p = 7; allowed: ", EXIT_USAGE)
+    assert "--" not in lines[0].replace(str(tmp_path), "")
+    check(capsys, (*args, "--top-p", 7), "error: --top-p = 7; allowed: ", EXIT_USAGE)
+    (tmp_path / "in").write_text(json.dumps({"prompt_ids": [1] * 200}) + "\n")
+    lines = check(capsys, args, "no room for an answer; --max-model-len is 96", EXIT_USAGE)
+    assert lines[1] == "  Shorten the prompt or raise --max-model-len."
+
+
+def test_a_value_that_is_an_options_name_stays_as_it_was_typed(
+    good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(capsys, ("--model", good, *IDS, "--dtype", "dtype"), "--dtype = 'dtype'; ", EXIT_USAGE)
+
+
+def test_the_python_interface_keeps_its_own_names(good: Path) -> None:
+    with pytest.raises(UserError, match=r"^max_model_len = 0; allowed: "):
+        LLM(good, max_model_len=0)
 
 
 # Not mistakes, or not of the user's.

@@ -24,6 +24,11 @@ BAD: list[tuple[str, Any, str]] = [
         ("repetition_penalty", v, "a number >= 1e-30 and <= 1e+30")
         for v in (0, 0.0, -1.0, 1e31, 1e-31, INF, NAN, "1.1", True)
     ),
+    *(
+        (name, v, "a number >= -2 and <= 2")
+        for name in ("presence_penalty", "frequency_penalty")
+        for v in (-2.001, 2.001, 3, INF, NAN, "1", False)
+    ),
     *(("seed", v, f"an integer from 0 to {2**64 - 1}") for v in (-1, 2**64, 1.0, True, "7")),
     *(("logprobs", v, "an integer from 0 to 20") for v in (-1, 21, 2.0, True, "2")),
     *(("ignore_eos", v, "true, false") for v in (0, 1, None, "false")),
@@ -61,6 +66,8 @@ def test_every_field_has_values_it_refuses() -> None:
         {"temperature": 1e300, "top_p": 1, "min_p": 1, "repetition_penalty": 1e30},
         {"top_p": 1e-300, "min_p": 0, "repetition_penalty": 1e-30, "top_k": 2**31 - 1},
         {"logit_bias": {0: -1e30, 2**31 - 1: 5}, "stop_token_ids": (3, 4), "stop": ("a", "b")},
+        {"presence_penalty": -2, "frequency_penalty": 2.0},
+        {"presence_penalty": 2, "frequency_penalty": -2.0},
         {"logit_bias": {}, "stop_token_ids": [], "stop": []},
         dict.fromkeys(("temperature", "top_k", "seed", "stop", "logit_bias")),
     ],
@@ -79,7 +86,16 @@ def test_one_stop_string_may_stand_alone() -> None:
 
 # What the model says.
 
-FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+NEUTRAL = {
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+FROM_MODEL = tuple(NEUTRAL)
 FILE = {
     "do_sample": True,
     "temperature": 0.7,
@@ -87,6 +103,8 @@ FILE = {
     "top_p": 0.95,
     "min_p": 0.01,
     "repetition_penalty": 1.05,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.25,
     "eos_token_id": 3,
 }
 
@@ -97,23 +115,22 @@ def resolved(config: dict[str, Any], **given: Any) -> tuple[Any, ...]:
 
 
 def test_without_a_word_from_anyone_it_is_greedy() -> None:
-    assert resolved({}) == (0, 0, 1, 0, 1)
-    assert resolved({"eos_token_id": [1, 2], "top_k": None}) == (0, 0, 1, 0, 1)
+    assert resolved({}) == tuple(NEUTRAL.values())
+    assert resolved({"eos_token_id": [1, 2], "top_k": None}) == tuple(NEUTRAL.values())
 
 
 def test_the_model_fills_what_is_not_given() -> None:
-    assert resolved(FILE) == (0.7, 20, 0.95, 0.01, 1.05)
+    assert resolved(FILE) == (0.7, 20, 0.95, 0.01, 1.05, 0.5, -0.25)
 
 
 @pytest.mark.parametrize("name", FROM_MODEL)
 def test_what_is_given_wins_over_the_model(name: str) -> None:
-    neutral = dict(zip(FROM_MODEL, (0.0, 0, 1.0, 0.0, 1.0), strict=True))
-    want = {key: FILE[key] for key in FROM_MODEL} | {name: neutral[name]}
-    assert resolved(FILE, **{name: neutral[name]}) == tuple(want.values())
+    want = {key: FILE[key] for key in FROM_MODEL} | {name: NEUTRAL[name]}
+    assert resolved(FILE, **{name: NEUTRAL[name]}) == tuple(want.values())
 
 
 def test_do_sample_false_is_greedy_whatever_temperature_stands_beside_it() -> None:
-    assert resolved({**FILE, "do_sample": False}) == (0, 20, 0.95, 0.01, 1.05)
+    assert resolved({**FILE, "do_sample": False}) == (0, 20, 0.95, 0.01, 1.05, 0.5, -0.25)
     assert resolved({**FILE, "do_sample": False}, temperature=0.3)[0] == 0.3
 
 

@@ -89,10 +89,15 @@ def write_tiny_model(
 
 def tiny_llm(config: dict[str, Any] = LINEAR, *, tokenizer: bool = True, **options: Any) -> LLM:
     """An engine of one of these models; what is not given is small."""
-    defaults = {"max_num_seqs": NUM_SEQS, "max_model_len": MODEL_LEN, "prefill_chunk": CHUNK}
+    defaults = {
+        "max_num_seqs": NUM_SEQS,
+        "max_model_len": MODEL_LEN,
+        "prefill_chunk": CHUNK,
+        "report": lambda _line: None,
+    }
     with tempfile.TemporaryDirectory() as folder:
         write_tiny_model(Path(folder), config, tokenizer=tokenizer)
-        return LLM(folder, report=lambda _line: None, **{**defaults, **options})
+        return LLM(folder, **{**defaults, **options})
 
 
 @functools.cache

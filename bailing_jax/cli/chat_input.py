@@ -11,16 +11,12 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from bailing_jax.errors import EXIT_USAGE, UserError
+from bailing_jax.terminal import tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _QUOTES = '"""'
-
-
-def tell(line: str) -> None:
-    """Print on stderr what --quiet does not silence."""
-    print(line, file=sys.stderr, flush=True)
 
 
 class Lines:

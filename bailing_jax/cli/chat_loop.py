@@ -17,9 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from bailing_jax.cli.chat_file import read_messages, write_messages
-from bailing_jax.cli.chat_input import Lines, tell
+from bailing_jax.cli.chat_input import Lines
 from bailing_jax.cli.chat_reply import CtrlC, Reply
-from bailing_jax.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UserError
+from bailing_jax.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_USAGE,
+    Interrupted,
+    UserError,
+    tell_error,
+)
+from bailing_jax.terminal import tell
 from bailing_jax.text.thinking import prompt_opens_thinking
 
 if TYPE_CHECKING:
@@ -79,7 +87,7 @@ def run_chat(
     if not lines.terminal:
         while not chat.left and (text := lines.next_text()) is not None:
             if chat.take(*text):
-                raise KeyboardInterrupt
+                raise Interrupted
         return EXIT_OK
     say("/help lists the commands, Ctrl-D leaves")
     warned = False
@@ -90,7 +98,7 @@ def run_chat(
             warned = False
             chat.take(*text)
         except UserError as error:
-            tell(f"error: {error.message}" + (f"\n  {error.hint}" if error.hint else ""))
+            tell_error(error, {})
         except KeyboardInterrupt:
             if warned:
                 return EXIT_INTERRUPTED

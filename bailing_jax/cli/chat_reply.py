@@ -7,6 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
+from bailing_jax.terminal import shown_on
 from bailing_jax.text.thinking import CLOSE, OPEN, Piece, ThinkingSplitter
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ class Reply:
     """Shows one answer as it comes, and measures it.
 
     Thinking is dim on a terminal; elsewhere it stands between its tags. The white space at its
-    beginning is not shown, so that an empty block leaves no trace.
+    beginning is not shown, so that an empty block leaves no trace. Control characters are written
+    out on a terminal; the conversation keeps them as they are.
 
     Attributes:
         answer: what was shown of it, without the thinking.
@@ -70,7 +72,7 @@ class Reply:
         for text, is_thinking in pieces:
             if not is_thinking:
                 self._end_thinking()
-                self._output.write(text)
+                self._output.write(shown_on(self._output, text))
                 self.answer += text
             elif self._thinks or text.strip():
                 self._think(text)
@@ -80,7 +82,8 @@ class Reply:
         if not self._thinks and self._hides:
             self._say("(thinking...)")
         if not self._hides:
-            self._output.write(text if self._thinks else self._before + text.lstrip())
+            before, text = ("", text) if self._thinks else (self._before, text.lstrip())
+            self._output.write(before + shown_on(self._output, text))
         self._thinks = True
 
     def _end_thinking(self) -> bool:

@@ -4,34 +4,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import Any
 
 from bailing_jax.errors import EXIT_USAGE, UserError
 
 DEFAULT_JOB_SEQS = 8
+# The fields of SamplingParams that have a flag; --sampling has room for all of them.
+_SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stop",
+    "ignore_eos",
+)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog="python -m bailing_jax.generate",
-        usage="%(prog)s --model DIR|NAME [-p TEXT | --chat | --input FILE] [options]",
-        description="Generate text with a Ling or Ring model.",
+        usage="%(prog)s [--model DIR|NAME] [-p TEXT | --chat | --input FILE] [options]",
+        description="Generate text with a Ling or Ring model. Without model and prompt: a word "
+        "problem for the small model that ships with this package.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
     )
-    model = p.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        metavar="DIR|NAME",
-        help="checkpoint folder, org/name in the Hugging Face cache, or a preset (random weights)",
-    )
-    model.add_argument("--download", action="store_true", help="fetch org/name if it is not here")
-    model.add_argument("--dtype", help="float32 or bfloat16 (default: float32 on a CPU)")
-    model.add_argument("--state-dtype", default="float32", help="float32 or bfloat16")
-    model.add_argument("--rope-dtype", help="float32 or bfloat16 (default: as --dtype)")
-    model.add_argument(
-        "--hf-overrides", metavar="JSON", help="config.json keys to replace, decay_layer_offset"
-    )
+    # argparse takes -1 for a value but -1e3 and -inf for flags, and then finds the value missing.
+    p._negative_number_matcher = re.compile(r"-\.?\d|-inf$")
+    add_model_flags(p)
     prompt = p.add_argument_group("prompt")
     one = prompt.add_mutually_exclusive_group()
     one.add_argument("-p", "--prompt", metavar="TEXT", help="text; - reads it from stdin")
@@ -47,10 +52,16 @@ def parser() -> argparse.ArgumentParser:
     prompt.add_argument("--chat-template-args", metavar="JSON", help="variables of the template")
     sampling = p.add_argument_group("sampling (default: the model's generation_config.json)")
     sampling.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N")
-    sampling.add_argument("--temperature", "--temp", type=float, metavar="X", help="0 is greedy")
+    sampling.add_argument("--temperature", "--temp", type=number, metavar="X", help="0 is greedy")
     sampling.add_argument("--top-k", type=int, metavar="N")
-    sampling.add_argument("--top-p", type=float, metavar="X")
-    sampling.add_argument("--min-p", type=float, metavar="X")
+    sampling.add_argument("--top-p", type=number, metavar="X")
+    sampling.add_argument("--min-p", type=number, metavar="X")
+    sampling.add_argument(
+        "--presence-penalty", type=number, metavar="X", help="for a token the answer has, -2 to 2"
+    )
+    sampling.add_argument(
+        "--frequency-penalty", type=number, metavar="X", help="for each time it has it, -2 to 2"
+    )
     sampling.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of sampling and random weights"
     )
@@ -63,19 +74,7 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument(
         "--max-num-seqs", type=int, metavar="N", help="sequences at once (default: 1; a job: 8)"
     )
-    engine.add_argument(
-        "--max-model-len", type=int, metavar="N", help="most tokens, prompt and answer"
-    )
-    engine.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="tokens a step")
-    engine.add_argument(
-        "--memory-fraction", type=float, default=0.9, metavar="X", help="share of memory to use"
-    )
-    engine.add_argument("--mesh", metavar="AXES", help="data=1,expert=1,tensor=1: one device")
-    engine.add_argument("--kernels", default="auto", metavar="NAME", help="auto, xla or reference")
-    engine.add_argument("--batch-invariant", action="store_true", help="exact mode")
-    engine.add_argument(
-        "--compile-cache", metavar="DIR|off", help="compiled programs (default: the user's cache)"
-    )
+    add_engine_flags(engine)
     output = p.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout")
     output.add_argument("--quiet", action="store_true", help="nothing but errors on stderr")
@@ -85,6 +84,47 @@ def parser() -> argparse.ArgumentParser:
     output.add_argument("--profile", metavar="DIR", help="write a profile for xprof")
     output.add_argument("--env", action="store_true", help="say what this machine has, and end")
     return p
+
+
+def add_model_flags(p: argparse.ArgumentParser) -> None:
+    """The flags that say which model is loaded, and how; those of every command."""
+    model = p.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        metavar="DIR|NAME",
+        help="checkpoint folder, org/name in the Hugging Face cache, or a preset (random weights); "
+        "default: the small model that ships with this package",
+    )
+    model.add_argument("--download", action="store_true", help="fetch org/name if it is not here")
+    model.add_argument("--dtype", help="float32 or bfloat16 (default: float32 on a CPU)")
+    model.add_argument("--state-dtype", default="float32", help="float32 or bfloat16")
+    model.add_argument("--rope-dtype", help="float32 or bfloat16 (default: as --dtype)")
+    model.add_argument(
+        "--hf-overrides", metavar="JSON", help="config.json keys to replace, decay_layer_offset"
+    )
+
+
+def add_engine_flags(engine: argparse._ArgumentGroup) -> None:
+    """The engine's flags but for how many sequences run at once; those of every command."""
+    engine.add_argument(
+        "--max-model-len", type=int, metavar="N", help="most tokens, prompt and answer"
+    )
+    engine.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="tokens a step")
+    engine.add_argument(
+        "--memory-fraction", type=number, default=0.9, metavar="X", help="share of memory to use"
+    )
+    engine.add_argument("--mesh", metavar="AXES", help="data=1,expert=1,tensor=1: one device")
+    engine.add_argument("--kernels", default="auto", metavar="NAME", help="auto, xla or reference")
+    engine.add_argument("--batch-invariant", action="store_true", help="exact mode")
+    engine.add_argument(
+        "--compile-cache", metavar="DIR|off", help="compiled programs (default: the user's cache)"
+    )
+
+
+def number(text: str) -> int | float:
+    """A number, whole ones as such, so that messages show them as they were typed."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def check(args: argparse.Namespace) -> None:
@@ -119,7 +159,8 @@ def check(args: argparse.Namespace) -> None:
                 EXIT_USAGE,
             )
     prompts = (args.prompt, args.prompt_file, args.prompt_ids, args.input)
-    if not (args.chat or args.dry_run or any(prompt is not None for prompt in prompts)):
+    is_given = args.chat or args.dry_run or any(prompt is not None for prompt in prompts)
+    if args.model is not None and not is_given:
         raise UserError(
             "no prompt", "Give -p TEXT, --prompt-file FILE, --chat or --input FILE.", EXIT_USAGE
         )
@@ -144,17 +185,8 @@ def json_object(flag: str, text: str | None) -> dict[str, Any]:
 
 def sampling_fields(args: argparse.Namespace) -> dict[str, object]:
     """The fields of SamplingParams the flags set; those of --sampling win."""
-    return {
-        "max_tokens": args.max_tokens,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "seed": args.seed,
-        "stop": args.stop,
-        "ignore_eos": args.ignore_eos,
-        **json_object("--sampling", args.sampling),
-    }
+    flags = {name: getattr(args, name) for name in _SAMPLING}
+    return {**flags, **json_object("--sampling", args.sampling)}
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -171,4 +203,20 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "mesh": args.mesh,
         "kernels": args.kernels,
         "batch_invariant": args.batch_invariant,
+    }
+
+
+def names(args: argparse.Namespace) -> dict[str, str]:
+    """What messages call each option: its flag, or where in --sampling it stands or belongs."""
+    from bailing_jax.cli.job_input import SAMPLING
+
+    with_flag = {*engine_options(args), "hf_overrides", "chat_template_args", *_SAMPLING}
+    try:
+        rare = {*json_object("--sampling", args.sampling)}
+    except UserError:  # said when it is used
+        rare = set()
+    rare |= set(SAMPLING) - with_flag
+    return {
+        name: f"{name} (in --sampling)" if name in rare else "--" + name.replace("_", "-")
+        for name in with_flag | set(SAMPLING)
     }

@@ -13,19 +13,21 @@ Input, one object a line: "id" (default: the line's number), one of "prompt", "m
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import stat
 import sys
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from bailing_jax.cli.job_input import Mistakes, RequestId, Requests
 from bailing_jax.cli.job_output import KEPT, Output, record_of
-from bailing_jax.errors import EXIT_OK, EXIT_USAGE, UserError
+from bailing_jax.errors import EXIT_OK, EXIT_USAGE, Interrupted, UserError
+from bailing_jax.terminal import is_terminal
 
 if TYPE_CHECKING:
     from bailing_jax.llm import LLM
@@ -181,9 +183,11 @@ class _Run:
 
     def run(self) -> None:
         """Answer them all."""
+        self._llm.watch_compiling(self._compiles)
         try:
             while self._supply():
-                self._llm.step()
+                with self._progress.step():
+                    self._llm.step()
                 self._write_finished()
                 if self._progress.is_due():
                     self._say(self._progress.line(self._written))
@@ -192,13 +196,18 @@ class _Run:
         except KeyboardInterrupt:
             self._output.sync()
             # A terminal has just shown ^C, and stays on its line.
-            left = "\n" * sys.stderr.isatty()
+            left = "\n" * is_terminal(sys.stderr)
             left += f"{len(self._left) - self._written} of {len(self._requests)} requests are left"
             self._say(left + "; the same command goes on" * self._output.goes_on)
-            raise
+            raise Interrupted from None
         finally:
+            self._llm.watch_compiling(None)
             for _, request in self._active:
                 self._llm.cancel(request)
+
+    def _compiles(self, what: str) -> None:
+        self._say(f"compiling {what}")
+        self._progress.compiles()
 
     def _supply(self) -> bool:
         """Submit so many that no slot waits for one; returns whether there is work."""
@@ -231,18 +240,39 @@ class _Run:
 
 
 class _Progress:
-    """Clock and counters of this run; `found` requests were done before it."""
+    """Clock and counters of this run; `found` requests were done before it.
+
+    A step that compiles takes seconds where others take milliseconds, and there are few of them:
+    neither its time nor its tokens count in rates and in what is foretold from them.
+    """
 
     def __init__(self, total: int, found: int) -> None:
         self._total = total
         self._found = found
-        self._tokens = 0
+        self._tokens = self._tokens_compiling = 0
         self.prompt_tokens = 0
         self._start = self._said = time.monotonic()
+        self._seconds_compiling = 0.0
+        self._is_compiling = False
 
     def token(self, _piece: StreamPiece) -> None:
         """Count a generated token."""
         self._tokens += 1
+        self._tokens_compiling += self._is_compiling
+
+    def compiles(self) -> None:
+        """Note that the step under way has to compile."""
+        self._is_compiling = True
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around each step of the engine."""
+        self._is_compiling = False
+        start = time.monotonic()
+        yield
+        if self._is_compiling:
+            self._said = time.monotonic()  # something was said: that it compiles
+            self._seconds_compiling += self._said - start
 
     def is_due(self) -> bool:
         """Whether to say something again."""
@@ -254,21 +284,31 @@ class _Progress:
 
     def line(self, written: int) -> str:
         """Where the job stands."""
-        seconds = time.monotonic() - self._start
         done = self._found + written
         left = ""
         if written:
-            left = f", about {_duration(seconds / written * (self._total - done))} left"
-        return f"{done}/{self._total} requests, {self._tokens / seconds:.1f} tokens/s{left}"
+            left = f", about {_duration(self._seconds() / written * (self._total - done))} left"
+        return f"{done}/{self._total} requests, {self._rate() or 0:.1f} tokens/s{left}"
 
     def total(self, written: int) -> str:
         """What this run did."""
-        seconds = time.monotonic() - self._start
+        took = _duration(time.monotonic() - self._start)
+        if self._seconds_compiling:
+            took += f" ({_duration(self._seconds_compiling)} of it compiling)"
+        rate = self._rate()
         return (
-            f"{self._found + written}/{self._total} requests; {written} in {_duration(seconds)}: "
-            f"{self.prompt_tokens} prompt tokens, {self._tokens} generated at "
-            f"{self._tokens / seconds:.1f}/s"
+            f"{self._found + written}/{self._total} requests; {written} in {took}: "
+            f"{self.prompt_tokens} prompt tokens, {self._tokens} generated"
+            + ("" if rate is None else f" at {rate:.1f}/s")
         )
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._start - self._seconds_compiling
+
+    def _rate(self) -> float | None:
+        """Tokens a second; None before there was a step that only ran."""
+        tokens = self._tokens - self._tokens_compiling
+        return tokens / self._seconds() if tokens else None
 
 
 def _duration(seconds: float) -> str:

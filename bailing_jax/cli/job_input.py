@@ -58,6 +58,7 @@ class Mistakes:
         self._name = name
         self._found: list[str] = []
         self._hints: dict[str, None] = {}
+        self._options: set[str] = set()
 
     @contextlib.contextmanager
     def on_line(self, number: int) -> Iterator[None]:
@@ -70,6 +71,8 @@ class Mistakes:
                 message = message[:_MAX_SHOWN] + "..."
             self._found.append(f"{self._name}, line {number}: {message}")
             self._hints[error.hint] = None
+            # A sampling field is a key of the line; the others can only have come from flags.
+            self._options |= error.options - set(SAMPLING)
             if len(self._found) == MAX_MISTAKES:
                 self._found.append(f"only the first {MAX_MISTAKES} mistakes are listed")
                 self.check()
@@ -79,7 +82,7 @@ class Mistakes:
         if self._found:
             # A hint that fits only some of the lines would mislead.
             hint = next(iter(self._hints)) if len(self._hints) == 1 else ""
-            raise UserError("\n".join(self._found), hint, EXIT_USAGE)
+            raise UserError("\n".join(self._found), hint, EXIT_USAGE, options=self._options)
 
 
 class Requests:

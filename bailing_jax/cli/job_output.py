@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import math
 import os
 import stat
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from bailing_jax.cli.job_input import RequestId, Requests, parse_json
 from bailing_jax.errors import EXIT_FAILURE, EXIT_USAGE, UserError
+from bailing_jax.terminal import json_line
 
 if TYPE_CHECKING:
     from bailing_jax.request import CompletionOutput, Request
@@ -118,7 +118,7 @@ class Output:
         Raises:
             UserError: the disk is full, the reader went away, ...
         """
-        rest = memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        rest = memoryview(json_line(record).encode() + b"\n")
         try:
             while rest:  # once, but for a disk that fills up and a pipe
                 rest = rest[os.write(self._fd, rest) :]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from bailing_jax.errors import Interrupted
+from bailing_jax.terminal import is_terminal, json_line, shown_on
 from bailing_jax.text.thinking import ThinkingSplitter, split
 
 if TYPE_CHECKING:
@@ -52,18 +53,20 @@ def answer(
     except KeyboardInterrupt:
         if streams:
             shown.end()
+            if is_terminal(sys.stdout):
+                raise Interrupted from None
         raise
     finally:
         llm.cancel(request)
     outputs = request.output().outputs
     if as_json:
-        print(json.dumps(_json(request, outputs, figures, inside_thinking), ensure_ascii=False))
+        print(json_line(_json(request, outputs, figures, inside_thinking)))
     elif streams:
         shown.end()
     else:
         for output in outputs:
             print(f"--- {output.index + 1} of {len(outputs)}")
-            print(_text(output, hide_thinking, inside_thinking))
+            print(shown_on(sys.stdout, _text(output, hide_thinking, inside_thinking)))
     sys.stdout.flush()
     say(figures.line())
 
@@ -123,7 +126,7 @@ class _Shown:
         self._write("\n")
 
     def _write(self, text: str) -> None:
-        sys.stdout.write(text)
+        sys.stdout.write(shown_on(sys.stdout, text))
         sys.stdout.flush()
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from bailing_jax.llm import LLM
+    from bailing_jax.tasks.word_problems import WordProblem
 
 MAX_PROMPT_BYTES = 64_000_000  # far more than any model's context
 
@@ -51,6 +52,13 @@ def read_text(args: argparse.Namespace) -> str | None:
     if not text:
         raise UserError(f"{where}: empty", "Give a prompt of at least one character.", EXIT_USAGE)
     return text
+
+
+def example(seed: int) -> WordProblem:
+    """What is asked where nobody asks anything: a problem held out from training."""
+    from bailing_jax.tasks.word_problems import word_problem
+
+    return word_problem(seed, 0, "test")
 
 
 def parse_ids(text: str | None) -> list[int] | None:

@@ -68,9 +68,20 @@ class _Request:
     seed: int
     on_token: OnToken
 
+    def choice(self) -> sampler.Choice:
+        """What the sampler is told."""
+        sequence = self.sequence
+        return sampler.Choice(
+            self.params, sequence.tokens, self.seed, num_prompt=sequence.num_prompt
+        )
+
 
 class Engine:
-    """Runs requests to their end; `step` until `has_work` is False."""
+    """Runs requests to their end; `step` until `has_work` is False.
+
+    Attributes:
+        on_compile: called with its sizes in words before a step has to compile a program.
+    """
 
     def __init__(
         self, programs: Programs, config: ModelConfig, limits: EngineLimits, spec: StateSpec
@@ -80,6 +91,7 @@ class Engine:
         self._limits = limits
         self._spec = spec
         self._count = 0
+        self.on_compile: Callable[[str], None] = _ignore
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -155,15 +167,14 @@ class Engine:
         """
         programs = sizes.job_programs(self._limits)
         for i, size in enumerate(programs, start=1):
-            prefill = f", {size.prefill_rows} prefill rows" if size.prefill_rows else ""
-            report(f"compiling {i} of {len(programs)}: {size.decode_rows} decode rows{prefill}")
+            report(f"compiling {i} of {len(programs)}: {size.in_words()}")
             self._compile(size, params)
 
     def _compile(self, size: ProgramSize, params: SamplingParams) -> None:
         layout = self._pack([], [], size)
         self._programs.compile_step(self._state, layout)
         logits = jnp.zeros((layout.logit_rows.shape[0], self._config.vocab_size), jnp.float32)
-        sampler.sample(logits, [0], [sampler.Choice(params, [0], 0)])
+        sampler.sample(logits, [0], [sampler.Choice(params, [0], 0, num_prompt=1)])
 
     def step(self) -> None:
         """Run one step and deliver its tokens. If that fails, every request is over."""
@@ -178,6 +189,10 @@ class Engine:
     def _step(self) -> None:
         plan = self._scheduler.plan()
         layout = self._layout(plan)
+        if not self._programs.has_step(layout):
+            segments = layout.segment_slots.shape[0]
+            size = ProgramSize(layout.num_decode, layout.num_prefill, segments)
+            self.on_compile(size.in_words())
         logits, self._state = self._programs.step(self._state, layout)
         self._scheduler.commit(plan)
         wanting = list(enumerate(plan.decodes)) + [
@@ -190,7 +205,7 @@ class Engine:
         tokens = sampler.sample(
             logits,
             rows,
-            [sampler.Choice(r.params, r.sequence.tokens, r.seed) for r in requests],
+            [request.choice() for request in requests],
         )
         counts = [r.params.logprobs for r in requests]
         found = sampler.logprobs(logits, rows, tokens.tolist(), counts)
@@ -224,6 +239,10 @@ class Engine:
             page_size=self._limits.page_size,
             pages_a_sequence=self._limits.pages_a_sequence,
         )
+
+
+def _ignore(_words: str) -> None:
+    """What becomes of a report nobody asked for."""
 
 
 def fresh_seed() -> int:

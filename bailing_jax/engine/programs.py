@@ -66,9 +66,13 @@ class Programs:
 
     def compile_step(self, state: DecodeState, layout: BatchLayout) -> None:
         """Compile the step of this layout's size without running it."""
-        size = _size(layout)
-        if size not in self._compiled:
-            self._compiled[size] = self._step.lower(self._leaves, state, layout).compile()
+        if not self.has_step(layout):
+            compiled = self._step.lower(self._leaves, state, layout).compile()
+            self._compiled[_size(layout)] = compiled
+
+    def has_step(self, layout: BatchLayout) -> bool:
+        """Whether the step of this layout's size is compiled."""
+        return _size(layout) in self._compiled
 
     def fold(self, state: DecodeState, layout: BatchLayout) -> DecodeState:
         """Only the new state."""

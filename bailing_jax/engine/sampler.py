@@ -1,13 +1,16 @@
 """Choosing tokens: one jitted function for the rows of a step, each with its own parameters.
 
-Order: penalty and bias, temperature, top-k, top-p, min-p, draw. Random numbers are keyed by the
+Order: penalties and bias, temperature, top-k, top-p, min-p, draw. Random numbers are keyed by the
 request's seed and the token's position, never by step, row or neighbours. Log probabilities are
-those of the model itself, before any of this.
+those of the model itself, before any of this. Penalties are counted anew from the tokens so far, so
+they too depend on nothing else. The repetition penalty looks at prompt and answer; the presence
+and frequency penalties, as in OpenAI's interface, at the answer only.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -18,12 +21,35 @@ from bailing_jax.sampling_params import SamplingParams
 
 
 class Choice:
-    """What one row asks for: resolved parameters, the tokens so far and a seed."""
+    """What one row asks for: resolved parameters, the tokens so far, a seed.
 
-    def __init__(self, params: SamplingParams, tokens: Sequence[int], seed: int) -> None:
+    The first `num_prompt` tokens are the prompt's, the others the answer's.
+    """
+
+    def __init__(
+        self, params: SamplingParams, tokens: Sequence[int], seed: int, *, num_prompt: int
+    ) -> None:
         self.params = params
         self.tokens = tokens
         self.seed = seed
+        self.num_prompt = num_prompt
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether its logits are anything but the model's."""
+        p = self.params
+        penalties = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
+        return bool(penalties or p.logit_bias)
+
+    def bias(self) -> dict[int, float]:
+        """What is added to the logits of single tokens."""
+        bias = dict(self.params.logit_bias or {})
+        presence, frequency = self.params.presence_penalty, self.params.frequency_penalty
+        if presence or frequency:
+            for token, count in Counter(self.tokens[self.num_prompt :]).items():
+                off = (presence or 0) + (frequency or 0) * count
+                bias[token] = bias.get(token, 0.0) - off
+        return bias
 
 
 def sample(logits: jax.Array, rows: Sequence[int], choices: Sequence[Choice]) -> np.ndarray:
@@ -82,13 +108,13 @@ def _column(size: int, rows: Sequence[int], values: Sequence[object], dtype: typ
 def _edits(
     shape: tuple[int, ...], rows: Sequence[int], choices: Sequence[Choice]
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Dense penalty and bias [B, vocab], or None when no row asks for any."""
-    if not any(c.params.repetition_penalty != 1 or c.params.logit_bias for c in choices):
+    """Dense repetition penalty and bias [B, vocab], or None when no row asks for any."""
+    if not any(choice.is_edited for choice in choices):
         return None
     penalty, bias = np.ones(shape, np.float32), np.zeros(shape, np.float32)
     for row, choice in zip(rows, choices, strict=True):
         penalty[row, list(set(choice.tokens))] = choice.params.repetition_penalty
-        for token, value in (choice.params.logit_bias or {}).items():
+        for token, value in choice.bias().items():
             bias[row, token] = value
     return penalty, bias
 

@@ -34,6 +34,12 @@ class ProgramSize(NamedTuple):
     prefill_rows: int
     segments: int
 
+    def in_words(self) -> str:
+        """Its rows, for a person who waits while it compiles."""
+        decode = f"{self.decode_rows} decode row{'s' * (self.decode_rows != 1)}"
+        prefill = f", {self.prefill_rows} prefill row{'s' * (self.prefill_rows != 1)}"
+        return decode + prefill * bool(self.prefill_rows)
+
 
 def max_segments(limits: Limits) -> int:
     """Segments a step has room for."""

@@ -158,13 +158,15 @@ def _check(stop_strings: Sequence[str], max_tokens: int) -> None:
         raise UserError(f"max_tokens = {max_tokens}; allowed: 1 or more", "", EXIT_USAGE)
     if len(stop_strings) > MAX_STOP_STRINGS:
         raise UserError(
-            f"{len(stop_strings)} stop strings; allowed: up to {MAX_STOP_STRINGS}", "", EXIT_USAGE
+            f"stop = {len(stop_strings)} strings; allowed: up to {MAX_STOP_STRINGS}",
+            exit_code=EXIT_USAGE,
+            options=("stop",),
         )
     for string in stop_strings:
         if not 1 <= len(string) <= MAX_STOP_CHARACTERS:
             raise UserError(
-                f"stop string {string[:20]!r} has {len(string)} characters; "
+                f"stop = {string[:20]!r}, of {len(string)} characters; "
                 f"allowed: 1 to {MAX_STOP_CHARACTERS}",
-                "",
-                EXIT_USAGE,
+                exit_code=EXIT_USAGE,
+                options=("stop",),
             )

@@ -147,8 +147,8 @@ def _read(path: Path, limit: int) -> str:
         raise _broken(path, f"not UTF-8: {error}") from error
 
 
-def _refused(what: str, hint: str = "") -> UserError:
-    return UserError(what, hint, EXIT_USAGE)
+def _refused(what: str, hint: str = "", *, options: tuple[str, ...] = ()) -> UserError:
+    return UserError(what, hint, EXIT_USAGE, options=options)
 
 
 def _broken(path: Path, what: str) -> UserError:
@@ -206,8 +206,9 @@ def _check_args(args: Mapping[str, object], reserved: Sequence[str]) -> None:
     for name, value in args.items():
         if not isinstance(name, str) or not name.isidentifier() or name in reserved:
             raise _refused(
-                f"template argument {name!r:.60} is not a name that can be set",
+                f"chat_template_args: {name!r:.60} is not a name that can be set",
                 f"Give another; not to be set: {', '.join(reserved)}",
+                options=("chat_template_args",),
             )
         if name in _LIST_ARGUMENTS:
             objects = isinstance(value, list) and all(isinstance(v, Mapping) for v in value)
@@ -217,7 +218,10 @@ def _check_args(args: Mapping[str, object], reserved: Sequence[str]) -> None:
             allowed = "a string, a number, true, false, null"
         if not good:
             got = type(value).__name__
-            raise _refused(f"template argument {name} is a {got}; allowed: {allowed}")
+            raise _refused(
+                f"chat_template_args: {name} is a {got}; allowed: {allowed}",
+                options=("chat_template_args",),
+            )
 
 
 def _map_strings(value: Any, change: Callable[[str], str], room: int = MAX_DEPTH) -> Any:

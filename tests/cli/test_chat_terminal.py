@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import select
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_chat import CTRL_C, FakeLLM, Screen, Talk, turn
+from terminals import Terminal, programs_folder
 from tiny_models import greedy, is_idle, linear_llm
 
 from bailing_jax import LLM, SamplingParams
@@ -269,7 +265,7 @@ def test_the_models_own_refusals_are_shown(llm: LLM, monkeypatch: pytest.MonkeyP
     talk = Talk(llm, "x " * 300, "a\udc80b", params=greedy(1))
     assert f"has {tokens} tokens" in talk.errors[0]
     assert "lone surrogate" in talk.errors[1]
-    with pytest.raises(UserError, match="template argument '1' is not a name"):
+    with pytest.raises(UserError, match="chat_template_args: '1' is not a name"):
         Talk(llm, "hello", template_args={"1": 2})
     monkeypatch.setattr(llm, "chat_template", None)
     with pytest.raises(UserError, match="has no chat template, which chat needs"):
@@ -279,9 +275,6 @@ def test_the_models_own_refusals_are_shown(llm: LLM, monkeypatch: pytest.MonkeyP
 # A real terminal.
 
 PROGRAM = """
-import fcntl, signal, sys, termios, time
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C on this terminal is for this process
-signal.signal(signal.SIGINT, signal.default_int_handler)
 from tiny_models import greedy, tiny_llm
 from bailing_jax.cli.chat_loop import run_chat
 from bailing_jax.errors import run_command
@@ -295,85 +288,17 @@ def slow_until_stopped():
         pause[0] = 0
         raise
 llm.step = slow_until_stopped
-def say(line):
-    print(line, file=sys.stderr, flush=True)
-sys.exit(run_command(lambda: run_chat(llm, greedy(30), say=say)))
+from bailing_jax.terminal import tell
+sys.exit(run_command(lambda: run_chat(llm, greedy(30), say=tell)))
 """
-
-
-class Terminal:
-    """A process whose stdin is a terminal, and its other ends where `pipes` does not part them."""
-
-    def __init__(self, environment: dict[str, str], *, pipes: bool) -> None:
-        self._keyboard, inside = os.openpty()
-        ends = subprocess.PIPE if pipes else inside
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
-            stdin=inside,
-            stdout=ends,
-            stderr=ends,
-            start_new_session=True,
-            env=environment,
-        )
-        os.close(inside)
-        ours = self._keyboard
-        self._files = {
-            "screen": ours,
-            "out": self.process.stdout.fileno() if self.process.stdout else ours,
-            "err": self.process.stderr.fileno() if self.process.stderr else ours,
-        }
-        self.seen = dict.fromkeys(self._files, b"")
-        self._read = dict.fromkeys(self._files, 0)
-
-    def type(self, keys: str) -> None:
-        os.write(self._keyboard, keys.encode())
-
-    def wait_for(self, name: str, word: str) -> None:
-        """Read until `word` comes, after what was waited for before."""
-        give_up = time.monotonic() + 120
-        while (found := self.seen[name].find(word.encode(), self._read[name])) < 0:
-            assert time.monotonic() < give_up, (word, self.seen)
-            ready = select.select([self._files[name]], [], [], 1)[0]
-            new = os.read(self._files[name], 4096) if ready else b""
-            assert new or not ready, (word, self.seen)
-            self.seen[name] += new
-        self._read[name] = found + len(word.encode())
-
-    def end(self) -> int:
-        """Read what is left; the exit code."""
-        code = self.process.wait(timeout=60)
-        for name, file in self._files.items():
-            with contextlib.suppress(OSError):  # how a terminal ends
-                while select.select([file], [], [], 0)[0] and (new := os.read(file, 4096)):
-                    self.seen[name] += new
-        return code
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream is not None:
-                stream.close()
-        os.close(self._keyboard)
 
 
 @pytest.fixture
 def terminal(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Terminal]:
-    folders = [str(Path(__file__).parents[1]), *sys.path]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(folders),
-        "INPUTRC": os.devnull,
-        "TERM": "dumb",
-        # One compile cache for all processes of this module.
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.getbasetemp() / "chat_programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
-    opened = Terminal(environment, pipes=request.param == "pipes")
+    pipes = ("out", "err") if request.param == "pipes" else ()
+    opened = Terminal(PROGRAM, folder=programs_folder(tmp_path_factory), pipes=pipes)
     yield opened
     opened.close()
 
@@ -413,15 +338,15 @@ def test_lines_are_edited_and_ctrl_c_drops_them(terminal: Terminal) -> None:
     terminal.wait_for("screen", "\n> ")
     terminal.type("lost")
     terminal.wait_for("screen", "lost")
-    terminal.type("\x03")
+    terminal.press_ctrl_c()
     terminal.wait_for("screen", "\n> ")
     terminal.type("nope\x01/\n")  # Ctrl-A: to the beginning of the line
     terminal.wait_for("screen", "error: unknown command /nope; ")
     terminal.wait_for("screen", "\n> ")
-    terminal.type("\x03")
+    terminal.press_ctrl_c()
     terminal.wait_for("screen", LEAVE)
     terminal.wait_for("screen", "\n> ")
-    terminal.type("\x03")
+    terminal.press_ctrl_c()
     assert terminal.end() == EXIT_INTERRUPTED
     assert terminal.seen["screen"].count(LEAVE.encode()) == 1
     assert b"Traceback" not in terminal.seen["screen"]

@@ -370,6 +370,79 @@ def test_the_time_left_follows_the_pace(monkeypatch: pytest.MonkeyPatch) -> None
     assert progress.total(40).startswith("50/50 requests; 40 in 1:02:03: ")
 
 
+def test_a_step_that_compiles_does_not_count_in_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it took, rate and time left are those of the same job with warm programs."""
+    now = 100.0
+    monkeypatch.setattr(job.time, "monotonic", lambda: now)
+    cold, warm = (job._Progress(total=50, found=10) for _ in range(2))
+
+    def step(progress: job._Progress, seconds: float, tokens: int, compiles: bool) -> None:
+        nonlocal now
+        with progress.step():
+            if compiles:
+                progress.compiles()
+            now += seconds
+            for _ in range(tokens):
+                progress.token(None)  # pyright: ignore
+
+    steps = ((30, 1, True), (20, 100, False), (45, 2, True), (5, 50, False))
+    for seconds, tokens, compiles in steps:
+        step(cold, seconds, tokens, compiles)
+        assert cold.is_due() == (not compiles)  # it has just been said
+    now = 100.0
+    for seconds, tokens in ((20, 100), (5, 50)):
+        step(warm, seconds, tokens, False)
+    assert warm.line(4) == "14/50 requests, 6.0 tokens/s, about 0:03:45 left"
+    assert warm.total(4) == "14/50 requests; 4 in 25.0 s: 0 prompt tokens, 150 generated at 6.0/s"
+    now = 200.0
+    assert cold.line(4) == "14/50 requests, 6.0 tokens/s, about 0:03:45 left"
+    total = "14/50 requests; 4 in 0:01:40 (0:01:15 of it compiling): 0 prompt tokens, 153 generated"
+    assert cold.total(4) == f"{total} at 6.0/s"
+
+
+def test_a_job_of_nothing_but_compiling_steps_claims_no_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(job.time, "monotonic", lambda: now)
+    progress = job._Progress(total=1, found=0)
+    with progress.step():
+        progress.compiles()
+        now = 3.0
+        progress.token(None)  # pyright: ignore
+    assert progress.total(1) == (
+        "1/1 requests; 1 in 3.0 s (3.0 s of it compiling): 0 prompt tokens, 1 generated"
+    )
+
+
+def test_a_job_says_when_it_compiles_and_only_then(source: Path, output: Path) -> None:
+    llm, said = tiny_llm(max_num_seqs=2), list[str]()
+    write_input(source, [{"prompt_ids": [i, 3], "max_tokens": 2 + i} for i in range(4)])
+    run(llm, source, output, say=said.append)
+    compiling = [line for line in said if line.startswith("compiling ")]
+    assert said == [said[0], *compiling, said[-1]]
+    assert sorted(compiling) == [
+        "compiling 1 decode row",
+        "compiling 2 decode rows",
+        "compiling 2 decode rows, 16 prefill rows",
+    ]
+    assert " of it compiling): " in said[-1]
+    output.unlink()
+    said.clear()
+    run(llm, source, output, say=said.append)
+    assert len(said) == 2
+    assert "compiling" not in said[-1]
+
+
+def test_after_a_job_nobody_is_told_of_compiling(source: Path, output: Path) -> None:
+    llm, said = tiny_llm(max_num_seqs=2), list[str]()
+    run(llm, write_input(source, [{"prompt_ids": [3]}]), output, say=said.append)
+    assert "compiling 2 decode rows" not in said
+    before = list(said)
+    llm.generate([[1], [2]], SamplingParams(max_tokens=3, ignore_eos=True))  # that compiles it
+    assert said == before
+
+
 # Cost.
 
 

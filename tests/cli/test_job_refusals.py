@@ -176,7 +176,7 @@ LONG = list(range(1, 1 + MODEL_LEN))
         ({"prompt_ids": [-1]}, "prompt_ids: token id -1; allowed: 0 to"),
         ({"prompt_ids": [1], "logit_bias": {"999": 1}}, "token id 999; allowed: 0 to"),
         ({"prompt_ids": [1], "stop_token_ids": [400]}, "token id 400; allowed: 0 to"),
-        ({"prompt_ids": [1], "stop": ""}, "stop string '' has 0 characters; allowed: "),
+        ({"prompt_ids": [1], "stop": ""}, "stop = '', of 0 characters; allowed: "),
         ({"messages": [{"role": "user"}]}, "messages[0]: content is NoneType"),
         ({"messages": [{"role": "king", "content": ""}]}, "messages[0]: role = 'king'; allowed"),
     ],

@@ -89,6 +89,9 @@ class Echo:
     def compile_step(self, state: DecodeState, layout: BatchLayout) -> None:
         self.compiled.add(size(layout))
 
+    def has_step(self, layout: BatchLayout) -> bool:
+        return size(layout) in self.compiled | self.ran
+
 
 def size(layout: BatchLayout) -> tuple[int, int, int]:
     return layout.num_decode, layout.num_prefill, layout.segment_slots.shape[0]
@@ -260,6 +263,27 @@ def test_r014_any_traffic_runs_few_programs() -> None:
         engine.step()
     finish(engine)
     assert echo.ran == {(1, 0, 0), (2, 0, 0), (3, 0, 0), (3, 8, 3)}
+
+
+def test_a_program_is_announced_before_the_first_step_that_needs_it() -> None:
+    echo = Echo()
+    engine, told = make_engine(echo), list[str]()
+
+    def on_compile(words: str) -> None:
+        told.append(words)
+        assert len(echo.ran) == len(told) - 1
+
+    engine.on_compile = on_compile
+    for lengths in ([3], [11, 2, 5], [3]):
+        for length in lengths:
+            ask(engine, [4] * length, 5)
+        finish(engine)
+    in_words = {
+        f"{d} decode row{'s' * (d > 1)}" + f", {t} prefill rows" * bool(t) for d, t, _ in echo.ran
+    }
+    assert set(told) == in_words
+    assert len(told) == len(echo.ran)
+    assert "1 decode row" in told
 
 
 @pytest.mark.parametrize("chunk", [8, 300])

@@ -21,19 +21,28 @@ from bailing_jax.sampling_params import SamplingParams, resolve
 VOCAB, DRAWS = 13, 1024
 # Neighbours differ by 0.03 or more; two pairs tie.
 LOGITS = np.array([0.4, -1.1, 2.0, 0.4, 1.3, -0.2, 0.9, 2.4, -3.0, 1.7, -0.2, 0.1, 0.6], np.float32)
-TOKENS = [2, 8, 8, 4]
+TOKENS = [2, 8, 8, 4, 8, 7, 8, 4]
+NUM_PROMPT = 3  # the answer is 4, 8, 7, 8, 4
 
 
 def params(**fields: Any) -> SamplingParams:
     return resolve(SamplingParams(**{"temperature": 1.0, **fields}), {}, "")
 
 
+def choice(p: SamplingParams, tokens: Sequence[int], seed: int) -> Choice:
+    return Choice(p, tokens, seed, num_prompt=NUM_PROMPT)
+
+
 def distribution(logits: np.ndarray, p: SamplingParams, tokens: Sequence[int]) -> np.ndarray:
     """float64 [vocab]: how often each token should come."""
     scores = logits.astype(np.float64)
+    answer = list(tokens)[NUM_PROMPT:]
     for token in set(tokens):
         penalty = p.repetition_penalty
         scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    for token in range(len(scores)):
+        occurred = answer.count(token)
+        scores[token] -= p.frequency_penalty * occurred + p.presence_penalty * (occurred > 0)
     for token, value in (p.logit_bias or {}).items():
         scores[token] += value
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
@@ -55,7 +64,7 @@ def draws(
 ) -> np.ndarray:
     """How often each token came under seeds 0 to 1023."""
     rows = jnp.asarray(np.tile(logits, (DRAWS, 1)))
-    got = sample(rows, range(DRAWS), [Choice(p, tokens, seed) for seed in range(DRAWS)])
+    got = sample(rows, range(DRAWS), [choice(p, tokens, seed) for seed in range(DRAWS)])
     return np.bincount(got, minlength=VOCAB)
 
 
@@ -88,6 +97,14 @@ def check_frequencies(counts: np.ndarray, expected: np.ndarray) -> None:
         {"min_p": 1.0},
         {"repetition_penalty": 1.8},
         {"repetition_penalty": 0.4},
+        {"presence_penalty": 1.2},
+        {"presence_penalty": -2},
+        {"frequency_penalty": 0.7},
+        {"frequency_penalty": -0.4},
+        {"presence_penalty": 2.0, "frequency_penalty": -1.0},  # 4 occurred twice: they cancel
+        {"presence_penalty": 0.5, "frequency_penalty": 1.5, "repetition_penalty": 1.8},
+        {"frequency_penalty": 2.0, "logit_bias": {8: 4.0, 1: 3.0}, "top_k": 5},
+        {"presence_penalty": 1.1, "temperature": 0.0, "logit_bias": {4: 1.0}},
         {"logit_bias": {1: 4.0, 7: -2.0, 12: 1e9}},
         {"logit_bias": {2: -1e9, 7: -1e9}},
         {"logit_bias": {2: 1.5}, "repetition_penalty": 2.5, "temperature": 1.4},
@@ -109,8 +126,10 @@ def test_every_parameter_gives_the_defined_frequencies(fields: dict[str, Any]) -
     top_p=st.floats(0.01, 1),
     min_p=st.floats(0, 1),
     penalty=st.floats(0.2, 5),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
     bias=st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-4, 4), max_size=4),
-    tokens=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6),
+    tokens=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9),
     seed=st.integers(0, 1000),
 )
 def test_any_parameters_together_allow_exactly_the_defined_set(
@@ -119,12 +138,20 @@ def test_any_parameters_together_allow_exactly_the_defined_set(
     top_p: float,
     min_p: float,
     penalty: float,
+    presence: float,
+    frequency: float,
     bias: dict[int, float],
     tokens: list[int],
     seed: int,
 ) -> None:
     logits = 2 * np.random.default_rng(seed).standard_normal(VOCAB).astype(np.float32)
-    fields = {"temperature": temperature, "top_k": top_k, "repetition_penalty": penalty}
+    fields = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "repetition_penalty": penalty,
+        "presence_penalty": presence,
+        "frequency_penalty": frequency,
+    }
     p = params(**fields, top_p=top_p, min_p=min_p, logit_bias=bias)
     expected = distribution(logits, p, tokens)
     for nudge in (-1e-4, 1e-4):  # a token on the edge may fall to either side
@@ -145,10 +172,10 @@ def test_greedy_takes_the_best_and_of_equals_the_first(rng: np.random.Generator)
     logits = rng.standard_normal((9, VOCAB)).astype(np.float32)
     logits[4] = LOGITS
     logits[4, [3, 9]] = 5.0
-    got = sample(jnp.asarray(logits), range(9), [Choice(params(temperature=0.0), [1], 0)] * 9)
+    got = sample(jnp.asarray(logits), range(9), [choice(params(temperature=0.0), [1], 0)] * 9)
     np.testing.assert_array_equal(got, logits.argmax(1))
     assert got[4] == 3
-    some = sample(jnp.asarray(logits), [7, 4], [Choice(params(temperature=0.0), [1], 0)] * 2)
+    some = sample(jnp.asarray(logits), [7, 4], [choice(params(temperature=0.0), [1], 0)] * 2)
     assert some.tolist() == [got[7], 3]
 
 
@@ -168,7 +195,7 @@ def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
 def test_greedy_rows_stay_greedy_beside_rows_that_draw() -> None:
     logits = jnp.asarray(np.tile(LOGITS, (DRAWS, 1)))
     greedy, hot = params(temperature=0.0), params(temperature=100.0)
-    choices = [Choice(hot if i % 2 else greedy, TOKENS, i) for i in range(DRAWS)]
+    choices = [choice(hot if i % 2 else greedy, TOKENS, i) for i in range(DRAWS)]
     got = sample(logits, range(DRAWS), choices)
     assert set(got[::2]) == {int(LOGITS.argmax())}
     assert set(got[1::2]) == set(range(VOCAB))
@@ -182,6 +209,72 @@ def test_extreme_values_do_not_become_nan(penalty: float, temperature: float) ->
     tokens = [4, 8, 12]
     counts = draws(p, tokens, logits)
     assert counts[distribution(logits, p, tokens) > 0].sum() == DRAWS
+
+
+# Presence and frequency penalties, against counts in numpy.
+
+
+def penalised(logits: np.ndarray, answers: Sequence[Sequence[int]], p: np.ndarray) -> np.ndarray:
+    """float64 [rows, vocab]: the definition, with `p` [rows, 2] of presence and frequency."""
+    counts = np.stack([np.bincount(a, minlength=logits.shape[1]) for a in answers])
+    return logits - p[:, :1] * (counts > 0) - p[:, 1:] * counts
+
+
+def random_rows(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[Choice]]:
+    """40 rows over 60 tokens; answers of the best tokens, so that penalties turn the greedy one."""
+    logits = rng.standard_normal((40, 60)).astype(np.float32)
+    best = np.argsort(-logits, axis=1)[:, :5]
+    penalties = rng.uniform(-2, 2, (40, 2)).round(2)
+    penalties[::5, 0] = penalties[1::5, 1] = 0  # one of them alone
+    penalties[3] = 0  # and none
+    prompts = [rng.integers(0, 60, 1 + i % 4).tolist() for i in range(40)]
+    answers = [rng.choice(best[i], i % 12).tolist() for i in range(40)]
+    choices = [
+        Choice(
+            params(temperature=0.0, presence_penalty=presence, frequency_penalty=frequency),
+            prompt + answer,
+            0,
+            num_prompt=len(prompt),
+        )
+        for prompt, answer, (presence, frequency) in zip(
+            prompts, answers, penalties.tolist(), strict=True
+        )
+    ]
+    return logits, penalised(logits, answers, penalties), choices
+
+
+def test_penalties_are_the_counts_of_the_answer_times_themselves(rng: np.random.Generator) -> None:
+    logits, want, choices = random_rows(rng)
+    ordered = np.sort(want, axis=1)
+    assert (ordered[:, -1] - ordered[:, -2]).min() > 1e-5  # no tie that rounding could turn
+    got = sample(jnp.asarray(logits), range(40), choices)
+    np.testing.assert_array_equal(got, want.argmax(1))
+    assert (got != logits.argmax(1)).sum() > 15
+
+
+def test_the_prompt_is_not_penalised() -> None:
+    p = params(temperature=0.0, presence_penalty=2.0, frequency_penalty=2.0)
+    rows = jnp.asarray(LOGITS[None])
+    for tokens, want in (([7, 7, 7], 7), ([7, 7, 7, 2], 7), ([2, 2, 2, 7], 2), ([7, 2, 1, 7], 2)):
+        assert sample(rows, [0], [Choice(p, tokens, 0, num_prompt=3)]).tolist() == [want]
+
+
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_rows_may_be_permuted_batched_and_begun_again(
+    rng: np.random.Generator, size: int
+) -> None:
+    """A row's token is that of the row alone, at any place, in any company, at any time.
+
+    A request that lost its place and comes back brings its tokens and nothing else: the penalties
+    come out the same although the sampler has seen others in between.
+    """
+    logits, _, choices = random_rows(rng)
+    alone = [picked(logits[i : i + 1], [0], [choices[i]])[0] for i in range(40)]
+    order = rng.permutation(40)
+    for start in range(0, 40, size):
+        chosen = order[start : start + size]
+        got = picked(logits[chosen], range(len(chosen)), [choices[i] for i in chosen])
+        assert [got[row] for row in range(len(chosen))] == [alone[i] for i in chosen]
 
 
 # Whose random numbers.
@@ -199,17 +292,20 @@ def test_r090_a_draw_does_not_depend_on_row_neighbours_or_batch(
     """Neighbours with penalties, biases, other seeds, or nobody at all (NaN) in their rows."""
     logits = rng.standard_normal((40, 500)).astype(np.float32)
     p = params(temperature=1.5, top_k=300, top_p=0.97, min_p=0.001)
-    mine = [Choice(p, [1] * (3 + i), 77 + i) for i in range(40)]
+    mine = [choice(p, [1] * (3 + i), 77 + i) for i in range(40)]
     wide = rng.standard_normal((40, 500)).astype(np.float32)
     alone = [picked(logits[i : i + 1], [0], [mine[i]])[0] for i in range(40)]
     # With temperature 1.5 over 500 tokens, other random numbers would give other tokens.
     assert len(set(alone)) > 25
-    other = params(temperature=0.7, repetition_penalty=3.0, logit_bias={3: 9.0})
+    other = params(
+        temperature=0.7, repetition_penalty=3.0, presence_penalty=2.0, logit_bias={3: 9.0}
+    )
     for i in range(40):
         row = i % num_rows
         batch = wide[:num_rows].copy()
         batch[row] = logits[i]
-        neighbours = {r: Choice(other, [2, 3], 1000 + i + r) for r in range(num_rows) if r != row}
+        said = [2, 3, 3, 4, 4]
+        neighbours = {r: choice(other, said, 1000 + i + r) for r in range(num_rows) if r != row}
         neighbours.pop((row + 1) % num_rows, None)  # a padding row
         batch[[r for r in range(num_rows) if r != row and r not in neighbours]] = np.nan
         rows = [*neighbours, row]
@@ -219,7 +315,7 @@ def test_r090_a_draw_does_not_depend_on_row_neighbours_or_batch(
 def sequence_of(seeds: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
     """1024 draws among 13 equal tokens."""
     choices = [
-        Choice(params(), [0] * length, seed) for seed, length in zip(seeds, lengths, strict=True)
+        choice(params(), [0] * length, seed) for seed, length in zip(seeds, lengths, strict=True)
     ]
     return sample(jnp.zeros((DRAWS, VOCAB), jnp.float32), range(DRAWS), choices)
 

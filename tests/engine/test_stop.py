@@ -149,9 +149,9 @@ def test_push_after_the_end_is_a_programming_error() -> None:
 @pytest.mark.parametrize(
     ("stops", "max_tokens", "match"),
     [
-        ([""], 1, "has 0 characters; allowed: 1 to 256"),
-        (["a" * 257], 1, "has 257 characters"),
-        (["a"] * 17, 1, "17 stop strings; allowed: up to 16"),
+        ([""], 1, "of 0 characters; allowed: 1 to 256"),
+        (["a" * 257], 1, "of 257 characters"),
+        (["a"] * 17, 1, "stop = 17 strings; allowed: up to 16"),
         ([], 0, "max_tokens = 0; allowed: 1 or more"),
     ],
 )

@@ -228,7 +228,7 @@ def test_bad_messages_are_user_errors(template: ChatTemplate, messages: Any, mat
 def test_bad_template_arguments_are_user_errors(
     template: ChatTemplate, args: dict[str, object]
 ) -> None:
-    with pytest.raises(UserError, match="template argument"):
+    with pytest.raises(UserError, match=r"^chat_template_args: "):
         template.render(USER, template_args=args)
 
 
