@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bailing_jax.config import ModelConfig
-from bailing_jax.engine.engine import EngineLimits
+from bailing_jax.engine.limits import EngineLimits
 from bailing_jax.errors import bad_value
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.state import PAGE_SIZE

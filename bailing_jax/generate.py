@@ -178,7 +178,7 @@ class _Engine:
         start = time.perf_counter()
         params = from_mapping(flags.sampling_fields(self._args), "--sampling")
         if prompt_tokens is None or self._args.warmup:
-            self.llm.warm_up_all(params, self._say)
+            self.llm.warm_up_all(self._say)
         else:
             self.llm.warm_up(prompt_tokens, params)
         self._say(f"compiled in {time.perf_counter() - start:.1f} s ({self._cache.summary()})")

@@ -111,13 +111,9 @@ class LLM:
         """Compile ahead what one request with a prompt of this many tokens runs."""
         self._engine.warm_up(prompt_tokens, self._resolved(sampling_params or SamplingParams()))
 
-    def warm_up_all(
-        self,
-        sampling_params: SamplingParams | None = None,
-        report: Report = tell,
-    ) -> None:
-        """Compile ahead everything that requests with such parameters can run."""
-        self._engine.warm_up_all(self._resolved(sampling_params or SamplingParams()), report)
+    def warm_up_all(self, report: Report = tell) -> None:
+        """Compile ahead everything that any requests can run."""
+        self._engine.warm_up_all(report)
 
     def watch_compiling(self, report: Callable[[str], None] | None) -> None:
         """Call `report` before each step that compiles, with its sizes; None: nobody any more."""
@@ -198,7 +194,11 @@ class LLM:
     def submit(
         self, request: Request, on_piece: Callable[[StreamPiece], None] | None = None
     ) -> None:
-        """Queue a prepared request; `on_piece` is called with every piece of every answer."""
+        """Queue a prepared request; `on_piece` is called with every piece of every answer.
+
+        An Exception it raises ends that answer, with finish_reason "error", and no other;
+        `Request.error` has it.
+        """
         for i in range(len(request.answers)):
             # Known before it runs: what Ctrl-C interrupts here, `cancel` still finds.
             request.numbers.append(self._engine.new_number())
@@ -209,7 +209,10 @@ class LLM:
         return any(self._engine.is_unfinished(number) for number in request.numbers)
 
     def step(self) -> None:
-        """Run one step for all submitted requests. If it fails, all of them are over."""
+        """Run one step for all submitted requests. If it fails, all of them are over.
+
+        Where nobody waits and every running request decodes, it may be several steps in one call.
+        """
         self._engine.step()
 
     def cancel(self, request: Request) -> None:
@@ -242,6 +245,7 @@ class LLM:
                     yield pieces.popleft()
                 if self.is_unfinished(request):
                     self.step()
+            request.raise_error()
             if request.output().outputs[0].finish_reason is None:
                 raise RuntimeError("an error in another call ended this stream")
         finally:
@@ -358,8 +362,15 @@ class LLM:
             return piece.finish_reason is not None
 
         seed = fresh_seed() if params.seed is None else (params.seed + index) % 2**64
-        ids, number = request.prompt_token_ids, request.numbers[-1]
-        self._engine.submit(ids, replace(params, n=1), seed, on_token, number)
+        self._engine.submit(
+            request.prompt_token_ids,
+            replace(params, n=1),
+            seed,
+            on_token,
+            request.numbers[-1],
+            stop_ids=answer.stop_ids,
+            on_error=answer.fail,
+        )
 
     def check_prompt(self, prompt: Prompt, what: str = "prompt") -> list[int]:
         """The token ids of a prompt that can be answered.

@@ -17,7 +17,7 @@ from bailing_jax import hub, runtime, small_model
 from bailing_jax.checkpoint.load import Weights, load_model, match_native, match_released
 from bailing_jax.checkpoint.random_weights import random_model
 from bailing_jax.config import SUPPORTED, ModelConfig
-from bailing_jax.engine.engine import EngineLimits
+from bailing_jax.engine.limits import EngineLimits
 from bailing_jax.engine_options import EngineOptions
 from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.layers.options import RuntimeOptions

@@ -59,7 +59,11 @@ class RequestOutput:
 
 
 class Answer:
-    """Collects tokens until a stop rule ends it."""
+    """Collects tokens until a stop rule ends it.
+
+    Attributes:
+        error: what went wrong with this answer alone (a listener raised), else None.
+    """
 
     def __init__(self, index: int, stop: StopMatcher, stream: TextStream | None) -> None:
         self._index = index
@@ -69,6 +73,17 @@ class Answer:
         self._token_ids: list[int] = []
         self._logprobs: list[dict[int, float]] = []
         self._finish_reason: FinishReason | None = None
+        self.error: Exception | None = None
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end the answer."""
+        return self._stop.ids
+
+    def fail(self, error: Exception) -> None:
+        """The answer ends here, because something of its own went wrong."""
+        self.error = error
+        self._finish_reason = "error"
 
     def push(self, token_id: int, logprobs: dict[int, float] | None) -> StreamPiece:
         """Take one token; the piece says whether the answer is done."""
@@ -115,6 +130,16 @@ class Request:
     params: SamplingParams
     answers: list[Answer]
     numbers: list[int] = field(default_factory=list)
+
+    @property
+    def error(self) -> Exception | None:
+        """What went wrong with the first answer that has finish_reason "error"."""
+        return next((a.error for a in self.answers if a.error is not None), None)
+
+    def raise_error(self) -> None:
+        """Raise `error` where there is one: whoever listens himself wants to know."""
+        if self.error is not None:
+            raise self.error
 
     def output(self) -> RequestOutput:
         """The answers so far."""

@@ -134,8 +134,8 @@ def test_r085_an_interrupted_call_leaves_no_ghosts(
     next(open_stream)
     run, left = llm._engine._programs.step, [steps]
 
-    def interrupted(state: Any, layout: Any) -> Any:
-        result = run(state, layout)
+    def interrupted(*args: Any) -> Any:
+        result = run(*args)
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
@@ -188,9 +188,9 @@ def test_ctrl_c_while_submitting_leaves_no_request_behind(
     target: Any = llm._engine._scheduler if moment == "queued" else llm._engine
     real = target.submit
 
-    def submit(*args: Any) -> Any:
+    def submit(*args: Any, **named: Any) -> Any:
         if moment != "before":
-            real(*args)
+            real(*args, **named)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(target, "submit", submit)

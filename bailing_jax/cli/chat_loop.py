@@ -283,6 +283,7 @@ class _Chat:
                 ctrl_c.run(llm.step)
                 while pieces:
                     reply.push(pieces.popleft())
+            request.raise_error()
         finally:
             llm.cancel(request)
 

@@ -21,7 +21,7 @@ from bailing_jax.errors import EXIT_DOES_NOT_FIT, EXIT_OK, EXIT_USAGE, UserError
 
 if TYPE_CHECKING:
     from bailing_jax.config import ModelConfig
-    from bailing_jax.engine.engine import EngineLimits
+    from bailing_jax.engine.limits import EngineLimits
     from bailing_jax.layers.options import RuntimeOptions
     from bailing_jax.params import Param
     from bailing_jax.state import StateSpec

@@ -233,6 +233,7 @@ class _Run:
             if self._llm.is_unfinished(request):
                 still_active.append((request_id, request))
                 continue
+            request.raise_error()
             self._output.write(record_of(request_id, request))
             self._written += 1
             self._progress.prompt_tokens += len(request.prompt_token_ids)

@@ -50,6 +50,7 @@ def answer(
         llm.submit(request, on_piece)
         while llm.is_unfinished(request):
             llm.step()
+        request.raise_error()
     except KeyboardInterrupt:
         if streams:
             shown.end()

@@ -1,72 +1,47 @@
 """The engine: requests in, tokens out, many sequences in one step.
 
 It owns the state and the ledgers, asks the scheduler for a plan, lays the step out, runs the
-program, picks tokens and hands them to the requests. What a request does with a token (text,
-stop rules) is its own business: it says after each token whether it is done.
+program and hands the tokens to the requests. What a request does with a token (text, stop rules)
+is its own business: it says after each token whether it is done. What a request's listener raises
+ends that request alone; what the step itself raises ends them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from bailing_jax.batch import BatchLayout, pack
 from bailing_jax.config import ModelConfig
 from bailing_jax.engine import sampler, sizes
+from bailing_jax.engine.limits import DECODE_STEPS, EngineLimits
 from bailing_jax.engine.pages import PageLedger
-from bailing_jax.engine.programs import Programs
+from bailing_jax.engine.programs import STOP_IDS, Programs, StepResult, no_ends
+from bailing_jax.engine.sampler import Knobs
 from bailing_jax.engine.scheduler import Scheduler, Sequence, StepPlan
 from bailing_jax.engine.sizes import ProgramSize
 from bailing_jax.engine.slots import SlotLedger
+from bailing_jax.engine.warming import compile_all
 from bailing_jax.row import Row
 from bailing_jax.sampling_params import SamplingParams
 from bailing_jax.state import DecodeState, StateSpec, allocate
 
 # Called with a token and its log probabilities; returns whether the request is done.
 OnToken = Callable[[int, dict[int, float] | None], bool]
+OnError = Callable[[Exception], None]
 
 
-@dataclass(frozen=True)
-class EngineLimits:
-    """The static sizes of an engine.
-
-    Attributes:
-        max_num_seqs: sequences that run at once.
-        max_model_len: tokens of one sequence, prompt and answer.
-        prefill_chunk: prefill tokens a step.
-        page_size: tokens a page.
-    """
-
-    max_num_seqs: int
-    max_model_len: int
-    prefill_chunk: int
-    page_size: int
-
-    @property
-    def pages_a_sequence(self) -> int:
-        """The width of a page table."""
-        return -(-self.max_model_len // self.page_size)
-
-    def state_spec(self, page_dtype: str, state_dtype: str) -> StateSpec:
-        """The state for that many sequences of full length, NULL slot and page included."""
-        return StateSpec(
-            num_slots=self.max_num_seqs + 1,
-            num_pages=self.max_num_seqs * self.pages_a_sequence + 1,
-            page_dtype=page_dtype,
-            state_dtype=state_dtype,
-            page_size=self.page_size,
-        )
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Request:
     sequence: Sequence
     params: SamplingParams
     seed: int
+    stop_ids: tuple[int, ...]
     on_token: OnToken
+    on_error: OnError
 
     def choice(self) -> sampler.Choice:
         """What the sampler is told."""
@@ -74,6 +49,18 @@ class _Request:
         return sampler.Choice(
             self.params, sequence.tokens, self.seed, num_prompt=sequence.num_prompt
         )
+
+
+class _Call(NamedTuple):
+    """A program on its way: the part of the plan it computes, how it was laid out, what it gives.
+
+    `tokens`, `logits` and the new state of `result` may not be there yet.
+    """
+
+    plan: StepPlan
+    layout: BatchLayout
+    knobs: Knobs
+    result: StepResult
 
 
 class Engine:
@@ -100,8 +87,9 @@ class Engine:
         self._scheduler = Scheduler(
             slots=SlotLedger(self._limits.max_num_seqs),
             pages=PageLedger(self._spec.num_pages - 1, self._limits.page_size),
-            prefill_budget=self._limits.prefill_chunk,
+            prefill_chunk=self._limits.prefill_chunk,
             max_segments=sizes.max_segments(self._limits),
+            exact=self._limits.exact,
         )
         self._state = DecodeState(())  # gives the old one's memory back first
         self._state = allocate(self._config, self._spec)
@@ -127,15 +115,32 @@ class Engine:
         seed: int,
         on_token: OnToken,
         number: int | None = None,
+        *,
+        stop_ids: Collection[int] = (),
+        on_error: OnError | None = None,
     ) -> int:
         """Queue a request of resolved params; returns its number.
 
         Who gives the number, from `new_number`, can cancel whatever Ctrl-C leaves of this.
+
+        Args:
+            prompt: at least one token.
+            params: resolved.
+            seed: of its random numbers.
+            on_token: called with every token; if it raises an Exception, this request is over.
+            number: from `new_number`.
+            stop_ids: tokens after which on_token says that it is done, so that a call that runs
+                several steps computes nothing behind them.
+            on_error: called with what on_token raised.
         """
         number = self.new_number() if number is None else number
         length = min(len(prompt) + params.max_tokens, self._limits.max_model_len)
-        sequence = Sequence(number, list(prompt), len(prompt), length)
-        self._requests[number] = _Request(sequence, params, seed, on_token)
+        ahead = not sampler.needs_host(params)
+        sequence = Sequence(number, list(prompt), len(prompt), length, several_steps=ahead)
+        known = tuple(sorted(stop_ids))[:STOP_IDS]
+        self._requests[number] = _Request(
+            sequence, params, seed, known, on_token, on_error or _ignore
+        )
         try:
             self._scheduler.submit(sequence)
         except BaseException:
@@ -154,78 +159,139 @@ class Engine:
 
         Nothing runs on the state: only shapes are needed.
         """
-        for size in sizes.prompt_programs(self._limits, num_prompt):
-            if size.prefill_rows or params.max_tokens > 1:
-                self._compile(size, params)
+        needed = [
+            size
+            for size in sizes.prompt_programs(self._limits, num_prompt)
+            if size.prefill_rows or params.max_tokens > 1
+        ]
+        for size in needed:
+            self._compile(size, refines=sampler.needs_host(params))
 
-    def warm_up_all(self, params: SamplingParams, report: Callable[[str], None]) -> None:
-        """Compile every program these limits can need, for requests of resolved params.
+    def warm_up_all(self, report: Callable[[str], None]) -> None:
+        """Compile every program these limits can need, several at a time.
 
         Args:
-            params: what is sampled with; other parameters may compile a sampler of their own.
-            report: called with a line before each program.
+            report: called with a line as each is done.
         """
-        programs = sizes.job_programs(self._limits)
-        for i, size in enumerate(programs, start=1):
-            report(f"compiling {i} of {len(programs)}: {size.in_words()}")
-            self._compile(size, params)
+        compile_all(
+            {
+                size.in_words(): lambda size=size: self._compile(size, refines=True)
+                for size in sizes.job_programs(self._limits)
+            },
+            report,
+        )
 
-    def _compile(self, size: ProgramSize, params: SamplingParams) -> None:
+    def _compile(self, size: ProgramSize, *, refines: bool) -> None:
         layout = self._pack([], [], size)
         self._programs.compile_step(self._state, layout)
-        logits = jnp.zeros((layout.logit_rows.shape[0], self._config.vocab_size), jnp.float32)
-        sampler.sample(logits, [0], [sampler.Choice(params, [0], 0, num_prompt=1)])
+        if refines:
+            self._programs.compile_refine(layout.logit_rows.shape[0], self._config.vocab_size)
 
-    def step(self) -> None:
-        """Run one step and deliver its tokens. If that fails, every request is over."""
+    def step(
+        self,
+        *,
+        budget: int | None = None,
+        cuts: Mapping[int, int] | None = None,
+        preempt: Collection[int] = (),
+        max_steps: int = DECODE_STEPS,
+    ) -> None:
+        """Run one step and deliver its tokens. If that fails, every request is over.
+
+        Where nobody prefills and the host has nothing to do in between, one call decodes up to
+        `max_steps` tokens of every request. The other arguments are wishes of a test, see
+        `Scheduler.plan`.
+        """
         try:
-            self._step()
+            plan = self._scheduler.plan(
+                budget=budget, cuts=cuts, preempt=preempt, max_steps=max_steps
+            )
+            # All calls are on their way before the first result is waited for.
+            for call in [self._call(part) for part in self._parts(plan)]:
+                self._finish(call)
         except BaseException:
             # The state may be given away and a plan half done (Ctrl-C comes anywhere): nothing
             # that was running can be trusted to go on.
             self._start_afresh()
             raise
 
-    def _step(self) -> None:
-        plan = self._scheduler.plan()
-        layout = self._layout(plan)
-        if not self._programs.has_step(layout):
-            segments = layout.segment_slots.shape[0]
-            size = ProgramSize(layout.num_decode, layout.num_prefill, segments)
-            self.on_compile(size.in_words())
-        logits, self._state = self._programs.step(self._state, layout)
-        self._scheduler.commit(plan)
-        wanting = list(enumerate(plan.decodes)) + [
-            (layout.num_decode + i, sequence)
-            for i, (sequence, _) in enumerate(plan.segments)
-            if sequence.num_computed == len(sequence.tokens)
-        ]
-        rows = [row for row, _ in wanting]
-        requests = [self._requests[sequence.number] for _, sequence in wanting]
-        tokens = sampler.sample(
-            logits,
-            rows,
-            [request.choice() for request in requests],
-        )
-        counts = [r.params.logprobs for r in requests]
-        found = sampler.logprobs(logits, rows, tokens.tolist(), counts)
-        for request, token, entry in zip(requests, tokens.tolist(), found, strict=True):
-            self._deliver(request, token, entry)
+    def _parts(self, plan: StepPlan) -> list[StepPlan]:
+        """What runs as one call: in exact mode decode and prefill each, else all together."""
+        parts = [plan]
+        if self._limits.exact:
+            parts = [StepPlan(plan.decodes, (), plan.num_steps), StepPlan((), plan.segments)]
+        return [part for part in parts if part.decodes or part.segments]
 
-    def _deliver(self, request: _Request, token: int, entry: dict[int, float] | None) -> None:
-        sequence = request.sequence
-        sequence.tokens.append(token)
-        done = request.on_token(token, entry)
-        if done or len(sequence.tokens) >= sequence.max_length:
-            self.cancel(sequence.number)
-
-    def _layout(self, plan: StepPlan) -> BatchLayout:
-        """The step's arrays."""
+    def _call(self, plan: StepPlan) -> _Call:
+        """Start a program; its results come later."""
         if plan.segments:
             size = sizes.prefill_size(self._limits, plan.num_prefill_tokens)
         else:
             size = sizes.decode_size(self._limits, len(plan.decodes))
-        return self._pack(plan.decode_rows(), plan.segment_rows(), size)
+        layout = self._pack(plan.decode_rows(), plan.segment_rows(), size)
+        if not self._programs.has_step(layout):
+            self.on_compile(size.in_words())
+        sequences = _rows(plan, size.decode_rows)
+        requests = [self._requests[sequence.number] for sequence in sequences.values()]
+        knobs = sampler.knobs(
+            size.decode_rows + size.segments,
+            list(sequences),
+            [(request.params, request.seed) for request in requests],
+        )
+        ends = None
+        if not plan.segments:
+            ends = no_ends(size.decode_rows)
+            for row, request in enumerate(requests):
+                sequence, stop_ids = request.sequence, request.stop_ids
+                ends.room[row] = sequence.max_length - len(sequence.tokens)
+                ends.stop_ids[row, : len(stop_ids)] = stop_ids
+        result = self._programs.step(self._state, layout, knobs, ends, plan.num_steps)
+        self._state = result.state
+        return _Call(plan, layout, knobs, result)
+
+    def _finish(self, call: _Call) -> None:
+        """Wait for a call, fold what it computed into the books and deliver its tokens."""
+        plan, layout, knobs, result = call
+        tokens = np.array(result.tokens)
+        came = (tokens >= 0).sum(axis=0).tolist()
+        self._scheduler.commit(plan, {s.number: came[row] for row, s in enumerate(plan.decodes)})
+        # A sequence that is computed again knows its next token already.
+        several = plan.num_steps > 1
+        wanting = {
+            row: self._requests[sequence.number]
+            for row, sequence in _rows(plan, layout.num_decode).items()
+            if several or sequence.num_computed == len(sequence.tokens)
+        }
+        entries: list[dict[int, float] | None] = [None] * len(wanting)
+        if any(sampler.needs_host(request.params) for request in wanting.values()):
+            choices = [request.choice() for request in wanting.values()]
+            refined = self._programs.refine(
+                result.logits,
+                tokens[0],
+                sampler.edits(result.logits.shape, list(wanting), choices),
+                knobs,
+                layout.positions[layout.logit_rows] + 1,
+            )
+            tokens = np.asarray(refined.tokens)[None]
+            counts = [request.params.logprobs for request in wanting.values()]
+            entries = sampler.logprobs(refined, list(wanting), counts)
+        for step in tokens[: plan.num_steps].tolist():
+            for (row, request), entry in zip(wanting.items(), entries, strict=True):
+                # A listener may have ended anybody meanwhile.
+                alive = self._requests.get(request.sequence.number) is request
+                if alive and step[row] >= 0:
+                    self._deliver(request, step[row], entry)
+
+    def _deliver(self, request: _Request, token: int, entry: dict[int, float] | None) -> None:
+        sequence = request.sequence
+        sequence.tokens.append(token)
+        try:
+            done = request.on_token(token, entry)
+        except Exception as error:
+            self.cancel(sequence.number)
+            request.on_error(error)
+            return
+        if done or len(sequence.tokens) >= sequence.max_length:
+            self.cancel(sequence.number)
 
     def _pack(
         self, decodes: list[Row], segments: list[Row], size: ProgramSize
@@ -241,7 +307,13 @@ class Engine:
         )
 
 
-def _ignore(_words: str) -> None:
+def _rows(plan: StepPlan, num_decode: int) -> dict[int, Sequence]:
+    """The sequences of a plan by their row among the D + P of the layout."""
+    rows = dict(enumerate(plan.decodes))
+    return rows | {num_decode + i: sequence for i, (sequence, _) in enumerate(plan.segments)}
+
+
+def _ignore(_what: object) -> None:
     """What becomes of a report nobody asked for."""
 
 

@@ -1,7 +1,7 @@
 """The ledger of cache pages: who owns which, on the host only.
 
-Page 0 is NULL and never handed out. A request gets all the pages it can ever need when it is
-admitted, so a running request never waits for a page.
+Page 0 is NULL and never handed out. A request has as many pages as its tokens need; each time it
+grows it gets a new handle, and the one before is stale.
 """
 
 from __future__ import annotations
@@ -54,13 +54,35 @@ class PageLedger:
         self._held[owner] = handle
         return handle
 
+    def grow(self, handle: PageHandle, num_tokens: int) -> PageHandle:
+        """The same pages and as many more as a sequence of num_tokens needs; may be none.
+
+        Raises:
+            ValueError: not enough are free, or the handle is not the one in force.
+        """
+        self._check(handle)
+        count = self.pages_for(num_tokens) - len(handle.pages)
+        if count <= 0:
+            return handle
+        if count > len(self._free):
+            raise ValueError(f"{count} pages wanted, {len(self._free)} of {self.capacity} free")
+        self._epoch += 1
+        pages = handle.pages + tuple(self._free.pop() for _ in range(count))
+        grown = PageHandle(pages, handle.owner, self._epoch)
+        self._held[handle.owner] = grown
+        return grown
+
     def free(self, handle: PageHandle) -> None:
         """Take pages back.
 
         Raises:
             ValueError: the handle is not the one in force (freed twice, or stale).
         """
-        if self._held.get(handle.owner) != handle:
-            raise ValueError(f"{handle} is not held; held: {self._held.get(handle.owner)}")
+        self._check(handle)
         del self._held[handle.owner]
         self._free.extend(reversed(handle.pages))
+
+    def _check(self, handle: PageHandle) -> None:
+        held = self._held.get(handle.owner)
+        if held != handle:
+            raise ValueError(f"{handle} is not held; held: {held}")

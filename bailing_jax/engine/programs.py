@@ -1,18 +1,59 @@
 """The compiled programs: everything the engine runs on a device.
 
 The model is split once into a flat tuple of arrays and merged inside each trace, so a call walks
-no module tree. The state is donated: a step updates it in place.
+no module tree. The state is donated: a step updates it in place. A step picks its tokens itself;
+one that only decodes is a loop whose bound is an argument, so that one program runs one step or
+several, with the same bits.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from bailing_jax.batch import BatchLayout
+from bailing_jax.engine import sampler
+from bailing_jax.engine.limits import DECODE_STEPS
+from bailing_jax.engine.sampler import Edits, Knobs, Refined
 from bailing_jax.model import BailingForCausalLM
 from bailing_jax.state import DecodeState
+
+# Stop ids the device looks at. Of a request with more, the host drops what came after its stop.
+STOP_IDS = 8
+# In the tokens of a decode call: this row had ended before.
+NOTHING = -1
+
+
+class Ends(NamedTuple):
+    """When the D rows of a decode call are over.
+
+    Attributes:
+        room: int32 [D], tokens that may still come; 0 for padding.
+        stop_ids: int32 [D, STOP_IDS], padded with -1.
+    """
+
+    room: np.ndarray | jax.Array
+    stop_ids: np.ndarray
+
+
+class StepResult(NamedTuple):
+    """What a step leaves.
+
+    Attributes:
+        tokens: int32 [steps, B], B = D + P the sequences of the layout: what each picked in each
+            step; NOTHING for decode rows that had ended (their count is `steps` at most).
+        logits: float32 [B, vocab] of the last step that ran.
+        state: the new state.
+    """
+
+    tokens: jax.Array
+    logits: jax.Array
+    state: DecodeState
 
 
 class Programs:
@@ -25,11 +66,6 @@ class Programs:
 
         def merged(leaves: tuple[jax.Array, ...]) -> BailingForCausalLM:
             return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
-
-        def step(leaves, state, layout):
-            model = merged(leaves)
-            x, state, _ = model(state, layout)
-            return model.logits(x[layout.logit_rows]), state
 
         def all_logits(leaves, state, layout):
             model = merged(leaves)
@@ -50,29 +86,81 @@ class Programs:
             return chosen - jax.nn.logsumexp(logits, axis=1), state
 
         self._compiled: dict[tuple[int, ...], jax.stages.Compiled] = {}
-        self._step = jax.jit(step, donate_argnums=1)
+        self._refiners: dict[int, jax.stages.Compiled] = {}
+        self._refine = jax.jit(sampler.refine)
+        self._mixed = jax.jit(_mixed(merged), donate_argnums=1)
+        self._decode = jax.jit(_decode(merged), donate_argnums=1)
         self._all_logits = jax.jit(all_logits, donate_argnums=1)
         self._fold = jax.jit(fold, donate_argnums=1)
         self._hidden_states = jax.jit(hidden_states, donate_argnums=1)
         self._token_logprobs = jax.jit(token_logprobs, donate_argnums=1)
 
-    def step(self, state: DecodeState, layout: BatchLayout) -> tuple[jax.Array, DecodeState]:
-        """Logits float32 [D + P, vocab] of every sequence's last row, and the new state.
+    def step(
+        self,
+        state: DecodeState,
+        layout: BatchLayout,
+        knobs: Knobs,
+        ends: Ends | None = None,
+        num_steps: int = 1,
+    ) -> StepResult:
+        """Run one step, or up to num_steps of a layout that only decodes.
 
         The first step of each size compiles.
+
+        Args:
+            state: donated.
+            layout: the first step.
+            knobs: of D + P rows.
+            ends: of D rows; needed without prefill rows, and only there.
+            num_steps: up to DECODE_STEPS; pages for that many tokens must be in the layout.
         """
         self.compile_step(state, layout)
-        return self._compiled[_size(layout)](self._leaves, state, layout)
+        compiled = self._compiled[_size(layout)]
+        if layout.num_prefill:
+            return StepResult(*compiled(self._leaves, state, layout, knobs))
+        return StepResult(*compiled(self._leaves, state, layout, knobs, ends, np.int32(num_steps)))
 
     def compile_step(self, state: DecodeState, layout: BatchLayout) -> None:
         """Compile the step of this layout's size without running it."""
-        if not self.has_step(layout):
-            compiled = self._step.lower(self._leaves, state, layout).compile()
-            self._compiled[_size(layout)] = compiled
+        if self.has_step(layout):
+            return
+        knobs = sampler.knobs(layout.logit_rows.shape[0], (), ())
+        if layout.num_prefill:
+            lowered = self._mixed.lower(self._leaves, state, layout, knobs)
+        else:
+            ends = no_ends(layout.num_decode)
+            lowered = self._decode.lower(self._leaves, state, layout, knobs, ends, np.int32(1))
+        self._compiled[_size(layout)] = lowered.compile()
 
     def has_step(self, layout: BatchLayout) -> bool:
         """Whether the step of this layout's size is compiled."""
         return _size(layout) in self._compiled
+
+    def refine(
+        self,
+        logits: jax.Array,
+        tokens: np.ndarray,
+        edits: Edits,
+        knobs: Knobs,
+        positions: np.ndarray | jax.Array,
+    ) -> Refined:
+        """See `sampler.refine`."""
+        self.compile_refine(*logits.shape)
+        return Refined(*self._refiners[logits.shape[0]](logits, tokens, edits, knobs, positions))
+
+    def compile_refine(self, rows: int, vocab: int) -> None:
+        """Compile `refine` for steps of so many sequences."""
+        if rows not in self._refiners:
+            logits = np.zeros((rows, vocab), np.float32)
+            none = np.zeros(rows, np.int32)
+            lowered = self._refine.lower(
+                logits,
+                none,
+                sampler.edits(logits.shape, (), ()),
+                sampler.knobs(rows, (), ()),
+                none,
+            )
+            self._refiners[rows] = lowered.compile()
 
     def fold(self, state: DecodeState, layout: BatchLayout) -> DecodeState:
         """Only the new state."""
@@ -93,6 +181,78 @@ class Programs:
     ) -> tuple[jax.Array, DecodeState]:
         """Log probability float32 [T] of targets int32 [T] after every prefill row."""
         return self._token_logprobs(self._leaves, state, layout, targets)
+
+
+def no_ends(rows: int) -> Ends:
+    """The ends of rows that nobody decodes in."""
+    return Ends(np.zeros(rows, np.int32), np.full((rows, STOP_IDS), NOTHING, np.int32))
+
+
+def _run(merged, leaves, state, layout, knobs):
+    """One step: logits of every sequence's last row, the tokens picked from them, the state."""
+    model = merged(leaves)
+    x, state, _ = model(state, layout)
+    logits = model.logits(x[layout.logit_rows])
+    # A token's position is one behind the row it follows.
+    tokens = sampler.pick(logits, knobs, layout.positions[layout.logit_rows] + 1)
+    return logits, tokens, state
+
+
+def _mixed(merged):
+    """A step with prefill rows."""
+
+    def mixed(leaves, state, layout, knobs):
+        logits, tokens, state = _run(merged, leaves, state, layout, knobs)
+        return tokens[None], logits, state
+
+    return mixed
+
+
+def _decode(merged):
+    """Decode steps until num_steps ran or every row has ended.
+
+    A row that has ended names NULL from then on: it reads and writes no slot and no page.
+    """
+
+    def decode(leaves, state, layout, knobs, ends, num_steps):
+        rows = layout.num_decode
+
+        def one_step(carry):
+            i, tokens, contexts, room, found, _, state = carry
+            alive = room > 0
+            here = replace(
+                layout,
+                tokens=tokens,
+                positions=jnp.where(alive, contexts, 0),
+                decode_slots=jnp.where(alive, layout.decode_slots, 0),
+                decode_pages=jnp.where(alive[:, None], layout.decode_pages, 0),
+                decode_contexts=jnp.where(alive, contexts, 0),
+            )
+            logits, tokens, state = _run(merged, leaves, state, here, knobs)
+            found = found.at[i].set(jnp.where(alive, tokens, NOTHING))
+            stops = (tokens[:, None] == ends.stop_ids).any(axis=1)
+            room = jnp.where(alive & ~stops, room - 1, 0)
+            tokens = jnp.where(room > 0, tokens, 0)
+            return i + 1, tokens, contexts + 1, room, found, logits, state
+
+        def goes_on(carry):
+            i, room = carry[0], carry[3]
+            return (i < num_steps) & (room > 0).any()
+
+        vocab = merged(leaves).config.vocab_size
+        start = (
+            jnp.int32(0),
+            jnp.asarray(layout.tokens),
+            jnp.asarray(layout.decode_contexts),
+            jnp.asarray(ends.room),
+            jnp.full((DECODE_STEPS, rows), NOTHING, jnp.int32),
+            jnp.zeros((rows, vocab), jnp.float32),
+            state,
+        )
+        _, _, _, _, found, logits, state = jax.lax.while_loop(goes_on, one_step, start)
+        return found, logits, state
+
+    return decode
 
 
 def _size(layout: BatchLayout) -> tuple[int, ...]:

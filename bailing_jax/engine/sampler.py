@@ -1,23 +1,27 @@
-"""Choosing tokens: one jitted function for the rows of a step, each with its own parameters.
+"""Choosing tokens: on the device, a row with its own parameters, without variants to compile.
 
 Order: penalties and bias, temperature, top-k, top-p, min-p, draw. Random numbers are keyed by the
 request's seed and the token's position, never by step, row or neighbours. Log probabilities are
 those of the model itself, before any of this. Penalties are counted anew from the tokens so far, so
 they too depend on nothing else. The repetition penalty looks at prompt and answer; the presence
 and frequency penalties, as in OpenAI's interface, at the answer only.
+
+`pick` is part of every step program and looks at the knobs at run time: greedy rows cost an argmax,
+a sort runs only where some row cuts its candidates. `refine` is a small program beside the step,
+run where a row brings penalties, a bias or wants log probabilities, which the host prepares.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bailing_jax.sampling_params import SamplingParams
+from bailing_jax.sampling_params import MAX_LOGPROBS, SamplingParams
 
 
 class Choice:
@@ -34,13 +38,6 @@ class Choice:
         self.seed = seed
         self.num_prompt = num_prompt
 
-    @property
-    def is_edited(self) -> bool:
-        """Whether its logits are anything but the model's."""
-        p = self.params
-        penalties = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
-        return bool(penalties or p.logit_bias)
-
     def bias(self) -> dict[int, float]:
         """What is added to the logits of single tokens."""
         bias = dict(self.params.logit_bias or {})
@@ -52,117 +49,166 @@ class Choice:
         return bias
 
 
-def sample(logits: jax.Array, rows: Sequence[int], choices: Sequence[Choice]) -> np.ndarray:
-    """Pick a token for each of the given rows of logits [B, vocab]; int32 [len(rows)]."""
-    if not rows:
-        return np.zeros(0, np.int32)
-    edits = _edits(logits.shape, rows, choices)
-    if edits is not None:
-        logits = _edit(logits, *edits)
-    if all(choice.params.temperature == 0 for choice in choices):
-        return np.asarray(_greedy(logits))[list(rows)]
-    size = logits.shape[0]
-    knobs = {
-        name: _column(size, rows, [getattr(c.params, name) for c in choices], dtype)
-        for name, dtype in (
-            ("temperature", np.float32),
-            ("top_k", np.int32),
-            ("top_p", np.float32),
-            ("min_p", np.float32),
-        )
-    }
-    seeds = np.zeros((size, 2), np.uint32)
-    seeds[list(rows)] = [(c.seed & 0xFFFFFFFF, c.seed >> 32) for c in choices]
-    positions = _column(size, rows, [len(c.tokens) for c in choices], np.int32)
-    return np.asarray(_draw(logits, seeds=seeds, positions=positions, **knobs))[list(rows)]
+def is_edited(params: SamplingParams) -> bool:
+    """Whether logits are anything but the model's before they are drawn from."""
+    penalties = (
+        params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+    )
+    return bool(penalties or params.logit_bias)
+
+
+def needs_host(params: SamplingParams) -> bool:
+    """Whether the host has something to do for every token: `refine` runs for this request."""
+    return params.logprobs is not None or is_edited(params)
+
+
+class Knobs(NamedTuple):
+    """The parameters of B rows, as arrays.
+
+    Attributes:
+        temperature: float32 [B], 0 for greedy rows and rows nobody wants.
+        top_k: int32 [B], 0 or less for all.
+        top_p: float32 [B].
+        min_p: float32 [B].
+        seeds: uint32 [B, 2], low and high word.
+    """
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    seeds: np.ndarray
+
+
+def knobs(size: int, rows: Sequence[int], choices: Sequence[tuple[SamplingParams, int]]) -> Knobs:
+    """The parameters and seeds of the given rows; the other rows of `size` are greedy."""
+    out = Knobs(
+        np.zeros(size, np.float32),
+        np.zeros(size, np.int32),
+        np.ones(size, np.float32),
+        np.zeros(size, np.float32),
+        np.zeros((size, 2), np.uint32),
+    )
+    for row, (params, seed) in zip(rows, choices, strict=True):
+        if params.temperature:
+            out.temperature[row] = params.temperature
+            out.top_k[row] = params.top_k
+            out.top_p[row] = params.top_p
+            out.min_p[row] = params.min_p
+            out.seeds[row] = seed & 0xFFFFFFFF, seed >> 32
+    return out
+
+
+def pick(logits: jax.Array, knobs: Knobs, positions: jax.Array) -> jax.Array:
+    """A token int32 [B] of logits [B, vocab] for each row's position; part of a program."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draws = jnp.asarray(knobs.temperature) > 0
+    return jax.lax.cond(
+        draws.any(),
+        lambda: jnp.where(draws, _draw(logits, knobs, positions), best),
+        lambda: best,
+    )
+
+
+class Edits(NamedTuple):
+    """What the host says about the logits of B rows.
+
+    Attributes:
+        is_edited: bool [B]; other rows keep the token they have.
+        penalty: float32 [B, vocab], divides positive and multiplies negative logits.
+        bias: float32 [B, vocab], added.
+    """
+
+    is_edited: np.ndarray
+    penalty: np.ndarray
+    bias: np.ndarray
+
+
+def edits(shape: tuple[int, ...], rows: Sequence[int], choices: Sequence[Choice]) -> Edits:
+    """The edits of the given rows of logits of this shape; the others have none."""
+    found = Edits(np.zeros(shape[0], bool), np.ones(shape, np.float32), np.zeros(shape, np.float32))
+    for row, choice in zip(rows, choices, strict=True):
+        if is_edited(choice.params):
+            found.is_edited[row] = True
+            found.penalty[row, list(set(choice.tokens))] = choice.params.repetition_penalty
+            for token, value in choice.bias().items():
+                found.bias[row, token] = value
+    return found
+
+
+class Refined(NamedTuple):
+    """Tokens int32 [B], their log probabilities [B], and the best ids and values [B, 20]."""
+
+    tokens: jax.Array
+    chosen: jax.Array
+    best_ids: jax.Array
+    best: jax.Array
+
+
+def refine(
+    logits: jax.Array, tokens: jax.Array, edits: Edits, knobs: Knobs, positions: jax.Array
+) -> Refined:
+    """New tokens for the edited rows, and everybody's log probabilities; a program.
+
+    Only edited rows take a token from here, and never from the step: whose token comes from which
+    program depends on the request alone.
+    """
+    edited = jnp.where(logits > 0, logits / edits.penalty, logits * edits.penalty) + edits.bias
+    tokens = jnp.where(edits.is_edited, pick(edited, knobs, positions), tokens)
+    table = jax.nn.log_softmax(logits)
+    values, ids = jax.lax.top_k(table, min(MAX_LOGPROBS, logits.shape[1]))
+    return Refined(tokens, jnp.take_along_axis(table, tokens[:, None], axis=1)[:, 0], ids, values)
 
 
 def logprobs(
-    logits: jax.Array, rows: Sequence[int], chosen: Sequence[int], counts: Sequence[int | None]
+    refined: Refined, rows: Sequence[int], counts: Sequence[int | None]
 ) -> list[dict[int, float] | None]:
     """For each row that asks, {token id: log probability} of the chosen token and the best."""
-    wanted = [count for count in counts if count is not None]
-    if not wanted:
-        return [None] * len(rows)
-    best_ids, best, table = (
-        np.asarray(x) for x in _best(logits, min(max(*wanted, 1), logits.shape[1]))
-    )
+    tokens, chosen, best_ids, best = (np.asarray(x) for x in refined)
     found: list[dict[int, float] | None] = []
-    for row, token, count in zip(rows, chosen, counts, strict=True):
+    for row, count in zip(rows, counts, strict=True):
         if count is None:
             found.append(None)
             continue
-        entry = {int(token): float(table[row, token])}
+        entry = {int(tokens[row]): float(chosen[row])}
         for i, value in zip(best_ids[row, :count], best[row, :count], strict=True):
             entry.setdefault(int(i), float(value))
         found.append(entry)
     return found
 
 
-def _column(size: int, rows: Sequence[int], values: Sequence[object], dtype: type) -> np.ndarray:
-    column = np.zeros(size, dtype)
-    column[list(rows)] = values
-    return column
-
-
-def _edits(
-    shape: tuple[int, ...], rows: Sequence[int], choices: Sequence[Choice]
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Dense repetition penalty and bias [B, vocab], or None when no row asks for any."""
-    if not any(choice.is_edited for choice in choices):
-        return None
-    penalty, bias = np.ones(shape, np.float32), np.zeros(shape, np.float32)
-    for row, choice in zip(rows, choices, strict=True):
-        penalty[row, list(set(choice.tokens))] = choice.params.repetition_penalty
-        for token, value in choice.bias().items():
-            bias[row, token] = value
-    return penalty, bias
-
-
-@jax.jit
-def _edit(logits: jax.Array, penalty: jax.Array, bias: jax.Array) -> jax.Array:
-    return jnp.where(logits > 0, logits / penalty, logits * penalty) + bias
-
-
-@jax.jit
-def _greedy(logits: jax.Array) -> jax.Array:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _best(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    table = jax.nn.log_softmax(logits)
-    values, ids = jax.lax.top_k(table, count)
-    return ids, values, table
-
-
-@jax.jit
-def _draw(
-    logits: jax.Array,
-    *,
-    temperature: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
-    min_p: jax.Array,
-    seeds: jax.Array,
-    positions: jax.Array,
-) -> jax.Array:
-    """A token a row; rows of temperature 0 take the best."""
-    return jax.vmap(_draw_row)(logits, temperature, top_k, top_p, min_p, seeds, positions)
-
-
-def _draw_row(logits, temperature, top_k, top_p, min_p, seed, position):
-    vocab = logits.shape[0]
+def _draw(logits: jax.Array, knobs: Knobs, positions: jax.Array) -> jax.Array:
+    """A token a row; rows of temperature 0 give something nobody reads."""
+    temperature, top_k, top_p, min_p, seeds = (jnp.asarray(x) for x in knobs)
     # The best becomes 0: no temperature, however small, makes an infinity of it.
-    scaled = (logits - logits.max()) / jnp.where(temperature > 0, temperature, 1)
+    heat = jnp.where(temperature > 0, temperature, 1)[:, None]
+    scaled = (logits - logits.max(axis=1, keepdims=True)) / heat
+    cuts = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
+    # The noise belongs to token ids, not ranks, so that a row that cuts nothing draws the same
+    # token whether or not a neighbour makes everybody sort.
+    kept = jax.lax.cond(
+        cuts.any(),
+        lambda: jax.vmap(_kept)(scaled, top_k, top_p, min_p) | ~cuts[:, None],
+        lambda: jnp.ones(scaled.shape, bool),
+    )
+    noise = jax.vmap(_noise, in_axes=(0, 0, None))(seeds, positions, logits.shape[1])
+    return jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
+
+
+def _kept(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+    """bool [vocab]: the candidates one row leaves."""
+    vocab = scaled.shape[0]
     order = jnp.argsort(-scaled, stable=True)
-    ranked = scaled[order]
-    ranked = jnp.where(jnp.arange(vocab) < jnp.where(top_k > 0, top_k, vocab), ranked, -jnp.inf)
+    rank = jnp.arange(vocab)
+    ranked = jnp.where(rank < jnp.where(top_k > 0, top_k, vocab), scaled[order], -jnp.inf)
     probability = jax.nn.softmax(ranked)
     # A token stays while the tokens better than it hold less than top_p.
     before = jnp.cumsum(probability) - probability
-    kept = (before < top_p) & (probability >= min_p * probability[0])
-    ranked = jnp.where(kept | (jnp.arange(vocab) == 0), ranked, -jnp.inf)
+    kept = (before < top_p) & (probability >= min_p * probability[0]) & (ranked > -jnp.inf)
+    return jnp.zeros(vocab, bool).at[order].set(kept | (rank == 0), unique_indices=True)
+
+
+def _noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
+    """Gumbel noise [vocab] of one request at one position."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), position)
-    drawn = order[jax.random.categorical(key, ranked)]
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)
+    return jax.random.gumbel(key, (vocab,), jnp.float32)

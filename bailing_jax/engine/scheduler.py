@@ -1,13 +1,21 @@
 """Who runs in the next step. Host only, no arrays.
 
-Requests are served in order of arrival: one is admitted when a slot and all the pages it can
-ever need are free. Every running sequence with state and one new token decodes in every step;
-what is left of the token budget prefills waiting prompts, oldest first, in segments.
+Requests are served in order of arrival, and whoever came first keeps that place for good. A
+request is admitted when a slot is free and pages for the tokens it has; it gets further pages as
+it grows. Where they run out the youngest running request gives way: its slot and pages are taken,
+and it waits at its old place to be computed again. The youngest itself, when there is nobody
+younger, stands still with what it has. So the oldest always moves on, and everybody ends.
+
+Every running sequence with state and one new token decodes in every step; what is left of the
+token budget prefills waiting prompts, oldest first, in segments. In exact mode prompts are cut only
+at multiples of `prefill_chunk` from token 0, and generated tokens always go through decode, also
+when they are computed again: then a token's arithmetic is that of the request alone.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from bailing_jax.engine.pages import PageHandle, PageLedger
@@ -15,7 +23,7 @@ from bailing_jax.engine.slots import SlotHandle, SlotLedger
 from bailing_jax.row import Row
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """One request in the engine.
 
@@ -24,29 +32,35 @@ class Sequence:
         tokens: prompt and generated tokens.
         num_prompt: how many of them are the prompt.
         max_length: the most tokens it can come to hold.
+        several_steps: whether the host need not see each token before the next is computed.
         num_computed: tokens folded into its state.
+        place: its place in the order of arrival.
+        num_preempted: how often it had to give way.
     """
 
     number: int
     tokens: list[int]
     num_prompt: int
     max_length: int
+    several_steps: bool = True
     num_computed: int = 0
+    place: int = 0
+    num_preempted: int = 0
     slot: SlotHandle | None = None
     pages: PageHandle | None = None
-
-    @property
-    def decodes(self) -> bool:
-        """Whether it has state and exactly one new token that it generated itself."""
-        return len(self.tokens) > self.num_prompt and self.num_computed == len(self.tokens) - 1
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The sequences of a step: decoding ones, and prefilling ones with their token counts."""
+    """The sequences of a step: decoding ones, and prefilling ones with their token counts.
+
+    `num_steps` above 1 lets a step without segments decode that many tokens a sequence; the
+    pages for them are allocated.
+    """
 
     decodes: tuple[Sequence, ...]
     segments: tuple[tuple[Sequence, int], ...]
+    num_steps: int = 1
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -74,6 +88,10 @@ def _row(sequence: Sequence, count: int) -> Row:
     )
 
 
+def _place(sequence: Sequence) -> int:
+    return sequence.place
+
+
 @dataclass
 class Scheduler:
     """Plans steps over the two ledgers.
@@ -81,16 +99,21 @@ class Scheduler:
     Attributes:
         slots: the slot ledger.
         pages: the page ledger.
-        prefill_budget: prefill tokens a step.
+        prefill_chunk: prefill tokens a step, and in exact mode the grid prompts are cut on.
         max_segments: segments a step.
+        exact: see above.
+        waiting: without slot and pages, in order of arrival.
+        running: with both, in order of arrival.
     """
 
     slots: SlotLedger
     pages: PageLedger
-    prefill_budget: int
+    prefill_chunk: int
     max_segments: int
-    waiting: deque[Sequence] = field(default_factory=deque)
+    exact: bool = False
+    waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
+    _arrivals: int = 0
 
     @property
     def has_work(self) -> bool:
@@ -107,31 +130,40 @@ class Scheduler:
             raise ValueError(f"request {sequence.number} has no tokens")
         if self.pages.pages_for(sequence.max_length) > self.pages.capacity:
             raise ValueError(f"request {sequence.number}: {sequence.max_length} tokens never fit")
+        self._arrivals += 1
+        sequence.place = self._arrivals
         self.waiting.append(sequence)
 
-    def plan(self) -> StepPlan:
-        """Admit what fits and choose the next step."""
-        while self.waiting and self.slots.num_free:
-            first = self.waiting[0]
-            if self.pages.pages_for(first.max_length) > self.pages.num_free:
-                break
-            first.slot = self.slots.allocate(first.number)
-            first.pages = self.pages.allocate(first.number, first.max_length)
-            self.running.append(self.waiting.popleft())
-        budget = self.prefill_budget
-        segments: list[tuple[Sequence, int]] = []
-        for sequence in self.running:
-            if sequence.decodes or not budget or len(segments) == self.max_segments:
-                continue
-            count = min(budget, len(sequence.tokens) - sequence.num_computed)
-            segments.append((sequence, count))
-            budget -= count
-        return StepPlan(tuple(s for s in self.running if s.decodes), tuple(segments))
+    def plan(
+        self,
+        *,
+        budget: int | None = None,
+        cuts: Mapping[int, int] | None = None,
+        preempt: Collection[int] = (),
+        max_steps: int = 1,
+    ) -> StepPlan:
+        """Make room, admit what fits and choose the next step.
 
-    def commit(self, plan: StepPlan) -> None:
-        """Record that the step's tokens are folded in."""
+        Args:
+            budget: fewer prefill tokens than usual; None: as many as there may be.
+            cuts: most prefill tokens by request number; in exact mode moved down to the grid.
+            preempt: numbers of running requests that give way now, whatever room there is.
+            max_steps: decode steps that one call may run.
+        """
+        for sequence in [s for s in self.running if s.number in preempt]:
+            self._preempt(sequence)
+        ready = [s for s in list(self.running) if self._decodes(s) and self._grow(s)]
+        # Whoever an older one has driven out since is not ready any more.
+        ready = [s for s in ready if s.slot is not None]
+        self._admit()
+        segments = self._segments(self.prefill_chunk if budget is None else budget, cuts or {})
+        steps = 1 if segments else self._grow_ahead(ready, max_steps)
+        return StepPlan(tuple(ready), tuple(segments), steps)
+
+    def commit(self, plan: StepPlan, counts: Mapping[int, int] | None = None) -> None:
+        """Record that the step's tokens are folded in; `counts` by number where not one each."""
         for sequence in plan.decodes:
-            sequence.num_computed += 1
+            sequence.num_computed += 1 if counts is None else counts[sequence.number]
         for sequence, count in plan.segments:
             sequence.num_computed += count
 
@@ -139,9 +171,107 @@ class Scheduler:
         """End a request at any point, queued or not, and take its slot and pages back."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
-            return
-        if sequence not in self.running:
-            return
+        elif sequence in self.running:
+            self._take_back(sequence)
+
+    def _decodes(self, sequence: Sequence) -> bool:
+        """Whether it has state and its next token is one it generated itself."""
+        if self.exact:
+            return sequence.num_computed >= sequence.num_prompt
+        left = len(sequence.tokens) - sequence.num_computed
+        return left == 1 and len(sequence.tokens) > sequence.num_prompt
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Pages for its next token, if need be from the youngest; whether it has them."""
+        if sequence.pages is None:  # driven out by an older one
+            return False
+        wanted = sequence.num_computed + 1
+        missing = self.pages.pages_for(wanted) - len(sequence.pages.pages)
+        while missing > self.pages.num_free:
+            if self.running[-1] is sequence:
+                return False
+            self._preempt(self.running[-1])
+        sequence.pages = self.pages.grow(sequence.pages, wanted)
+        return True
+
+    def _grow_ahead(self, ready: list[Sequence], most: int) -> int:
+        """Pages for as many decode steps as are free of charge: how many that are.
+
+        Nobody gives way for them. While others wait, no row may idle at its known end.
+        """
+        if not ready or most == 1 or not all(self._may_run_ahead(s) for s in ready):
+            return 1
+        rooms = [s.max_length - len(s.tokens) for s in ready]
+        steps = min(most, min(rooms) if self.waiting else max(rooms))
+        while steps > 1:
+            lengths = [min(s.num_computed + steps, s.max_length) for s in ready]
+            held = [len(s.pages.pages) for s in ready if s.pages is not None]
+            missing = sum(
+                max(self.pages.pages_for(length) - have, 0)
+                for length, have in zip(lengths, held, strict=True)
+            )
+            if missing <= self.pages.num_free:
+                for sequence, length in zip(ready, lengths, strict=True):
+                    if sequence.pages is not None:
+                        sequence.pages = self.pages.grow(sequence.pages, length)
+                return steps
+            steps //= 2
+        return 1
+
+    def _may_run_ahead(self, sequence: Sequence) -> bool:
+        return sequence.several_steps and sequence.num_computed == len(sequence.tokens) - 1
+
+    def _admit(self) -> None:
+        """Start whoever waits longest, as long as there is room."""
+        while self.waiting and self.slots.num_free:
+            first = self.waiting[0]
+            length = min(len(first.tokens) + 1, first.max_length)
+            if self.pages.pages_for(length) + self._soon_needed() > self.pages.num_free:
+                return
+            first.slot = self.slots.allocate(first.number)
+            first.pages = self.pages.allocate(first.number, length)
+            bisect.insort(self.running, self.waiting.pop(0), key=_place)
+
+    def _soon_needed(self) -> int:
+        """A page for each that can grow: else who comes in now is driven out a few steps later."""
+        return sum(
+            s.pages is not None and len(s.pages.pages) < self.pages.pages_for(s.max_length)
+            for s in self.running
+        )
+
+    def _segments(self, budget: int, cuts: Mapping[int, int]) -> list[tuple[Sequence, int]]:
+        """Pieces of prompts, oldest first."""
+        segments: list[tuple[Sequence, int]] = []
+        for sequence in self.running:
+            if budget <= 0 or len(segments) == self.max_segments:
+                break
+            if self._decodes(sequence):
+                continue
+            count = self._piece(sequence, budget, cuts.get(sequence.number))
+            if count > 0:
+                segments.append((sequence, count))
+                budget -= count
+        return segments
+
+    def _piece(self, sequence: Sequence, budget: int, cut: int | None) -> int:
+        """How many tokens of its prompt a sequence takes in now."""
+        if not self.exact:
+            left = len(sequence.tokens) - sequence.num_computed
+            return min(budget, left) if cut is None else min(budget, left, cut)
+        left = sequence.num_prompt - sequence.num_computed
+        count = min(left, self.prefill_chunk)
+        if cut is not None and cut < count:
+            return 0  # the grid has nothing between here and there
+        return count if count <= budget else 0
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take its slot and pages; it waits at its place in the order of arrival."""
+        self._take_back(sequence)
+        sequence.num_computed = 0
+        sequence.num_preempted += 1
+        bisect.insort(self.waiting, sequence, key=_place)
+
+    def _take_back(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         if sequence.slot is not None:
             self.slots.free(sequence.slot)

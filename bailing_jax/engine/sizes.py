@@ -1,14 +1,15 @@
-"""The static sizes of steps: each is a program to compile, so there are few.
+"""The static sizes of steps: each is a program to compile, so there are at most twelve.
 
 A step that only decodes has room for a power of two of rows. One that prefills has room for every
-sequence's decode row, one of a few numbers of prompt tokens, and a fixed number of segments. No
-jax.
+sequence's decode row, one of a few numbers of prompt tokens, and a fixed number of segments. Exact
+mode has two sizes: a prefill call and a decode call, whatever the company. No jax.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+MAX_PROGRAMS = 12
 MAX_SEGMENTS = 32
 _PREFILL_SIZES = (64, 256, 1024)
 
@@ -26,6 +27,11 @@ class Limits(Protocol):
         """Prefill tokens a step."""
         ...
 
+    @property
+    def exact(self) -> bool:
+        """Whether prefill and decode are calls of one fixed size each."""
+        ...
+
 
 class ProgramSize(NamedTuple):
     """Decode rows D, prefill rows T and prefill segments P of a step."""
@@ -36,9 +42,12 @@ class ProgramSize(NamedTuple):
 
     def in_words(self) -> str:
         """Its rows, for a person who waits while it compiles."""
-        decode = f"{self.decode_rows} decode row{'s' * (self.decode_rows != 1)}"
-        prefill = f", {self.prefill_rows} prefill row{'s' * (self.prefill_rows != 1)}"
-        return decode + prefill * bool(self.prefill_rows)
+        parts = [
+            f"{rows} {what} row{'s' * (rows != 1)}"
+            for what, rows in (("decode", self.decode_rows), ("prefill", self.prefill_rows))
+            if rows
+        ]
+        return ", ".join(parts)
 
 
 def max_segments(limits: Limits) -> int:
@@ -46,15 +55,44 @@ def max_segments(limits: Limits) -> int:
     return min(limits.max_num_seqs, MAX_SEGMENTS)
 
 
+def decode_sizes(limits: Limits) -> tuple[ProgramSize, ...]:
+    """Every step that only decodes, from the smallest.
+
+    Where powers of two are more than there is room for, small ones go first: what a step of few
+    rows costs is the weights it reads, not its rows.
+    """
+    largest = limits.max_num_seqs
+    rows = [] if limits.exact else [1 << i for i in range((largest - 1).bit_length())]
+    rows.append(largest)
+    while len(rows) > MAX_PROGRAMS - len(_prefill_rows(limits)):
+        gone = 1
+        while gone < len(rows) - 1 and len(rows) > MAX_PROGRAMS - len(_prefill_rows(limits)):
+            del rows[gone]
+            gone += 1
+    return tuple(ProgramSize(count, 0, 0) for count in rows)
+
+
+def prefill_sizes(limits: Limits) -> tuple[ProgramSize, ...]:
+    """Every step that takes in prompt tokens, from the smallest."""
+    decode_rows = 0 if limits.exact else limits.max_num_seqs
+    return tuple(
+        ProgramSize(decode_rows, rows, max_segments(limits)) for rows in _prefill_rows(limits)
+    )
+
+
+def _prefill_rows(limits: Limits) -> tuple[int, ...]:
+    small = () if limits.exact else _PREFILL_SIZES
+    return (*(rows for rows in small if rows < limits.prefill_chunk), limits.prefill_chunk)
+
+
 def decode_size(limits: Limits, count: int) -> ProgramSize:
     """The step in which so many sequences decode and none prefills."""
-    return ProgramSize(min(1 << (count - 1).bit_length(), limits.max_num_seqs), 0, 0)
+    return next(size for size in decode_sizes(limits) if size.decode_rows >= count)
 
 
 def prefill_size(limits: Limits, tokens: int) -> ProgramSize:
     """The step that takes in so many prompt tokens, whoever decodes beside them."""
-    rows = next((s for s in _PREFILL_SIZES if tokens <= s < limits.prefill_chunk), None)
-    return ProgramSize(limits.max_num_seqs, rows or limits.prefill_chunk, max_segments(limits))
+    return next(size for size in prefill_sizes(limits) if size.prefill_rows >= tokens)
 
 
 def prompt_programs(limits: Limits, prompt_tokens: int | None = None) -> tuple[ProgramSize, ...]:
@@ -68,6 +106,4 @@ def prompt_programs(limits: Limits, prompt_tokens: int | None = None) -> tuple[P
 
 def job_programs(limits: Limits) -> tuple[ProgramSize, ...]:
     """The steps that `max_num_seqs` requests of any length can compile."""
-    decodes = {decode_size(limits, count) for count in range(1, limits.max_num_seqs + 1)}
-    prefills = {prefill_size(limits, count) for count in range(1, limits.prefill_chunk + 1)}
-    return (*sorted(prefills), *sorted(decodes))
+    return (*prefill_sizes(limits), *decode_sizes(limits))

@@ -40,11 +40,11 @@ class SlotLedger:
         """
         if not self._free:
             raise ValueError(f"all {self.capacity} slots are taken")
-        if any(handle.owner == owner for handle in self._held.values()):
+        if owner in self._held:
             raise ValueError(f"request {owner} already has a slot")
         self._epoch += 1
         handle = SlotHandle(self._free.pop(), owner, self._epoch)
-        self._held[handle.slot] = handle
+        self._held[owner] = handle
         return handle
 
     def free(self, handle: SlotHandle) -> None:
@@ -53,7 +53,8 @@ class SlotLedger:
         Raises:
             ValueError: the handle is not the one in force (freed twice, or stale).
         """
-        if self._held.get(handle.slot) != handle:
-            raise ValueError(f"{handle} is not held; held: {self._held.get(handle.slot)}")
-        del self._held[handle.slot]
+        held = self._held.get(handle.owner)
+        if held != handle:
+            raise ValueError(f"{handle} is not held; held: {held}")
+        del self._held[handle.owner]
         self._free.append(handle.slot)

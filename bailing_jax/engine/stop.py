@@ -61,6 +61,11 @@ class StopMatcher:
         self._finish_reason: FinishReason | None = None
         self._cut = False
 
+    @property
+    def ids(self) -> frozenset[int]:
+        """The ids that end the sequence."""
+        return self._ids
+
     def ends_with(self, token_id: int) -> bool:
         """Whether this id would end the sequence; its text need not be decoded then."""
         return token_id in self._ids

@@ -60,7 +60,7 @@ def run(
     requests = answerer.prepare(problems)
     say(f"{len(problems)} problems; compiling")
     start = time.perf_counter()
-    llm.warm_up_all(answerer.params, say)
+    llm.warm_up_all(say)
     say(f"compiled in {time.perf_counter() - start:.1f} s")
     answered = answerer.run(
         problems, requests, lambda answer: keep.write(answer.record(task.measure)), say

@@ -132,6 +132,7 @@ class Answerer:
                 self._llm.step()
                 for number in [n for n in active if not self._llm.is_unfinished(requests[n])]:
                     active.remove(number)
+                    requests[number].raise_error()
                     answered[number] = self._judged(problems[number], requests[number])
                     keep(answered[number])
                 if time.perf_counter() - said >= PROGRESS_S:

@@ -224,15 +224,18 @@ def test_the_next_prompt_is_the_conversation_as_it_was_shown(
     assert len(prompts[1]) > len(prompts[0]) + len("<role>")
 
 
-@pytest.mark.parametrize("steps", [-1, 0, 1, 4])
+@pytest.mark.parametrize(("steps", "tokens"), [(-1, 0), (0, 0), (1, 1), (2, 9)])
 def test_r085_after_ctrl_c_in_a_step_the_next_answer_is_right(
-    llm: LLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, steps: int
+    llm: LLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, steps: int, tokens: int
 ) -> None:
-    """Whether it comes in the prompt or in the answer; and nobody holds a place any more."""
-    run, left = llm._engine._programs.step, [steps + 2]  # the prompt takes three steps
+    """Whether it comes in the prompt or in the answer; and nobody holds a place any more.
 
-    def interrupted(state: Any, layout: Any) -> Any:
-        result = run(state, layout)
+    The prompt takes three steps, the last of which gives a token; the next call decodes eight.
+    """
+    run, left = llm._engine._programs.step, [steps + 2]
+
+    def interrupted(*args: Any) -> Any:
+        result = run(*args)
         left[0] -= 1
         if left[0] == -1:
             signal.raise_signal(signal.SIGINT)
@@ -244,7 +247,7 @@ def test_r085_after_ctrl_c_in_a_step_the_next_answer_is_right(
         assert left[0] < -1
     assert is_idle(llm)
     stream = llm.stream(llm.chat_prompt(conversation("hello")), greedy(12))
-    shown = "".join([piece.text or "" for piece in stream][: max(steps, 0)])
+    shown = "".join([piece.text or "" for piece in stream][:tokens])
     texts = ("hello", shown, "again") if shown else ("again",)
     assert prompts[1] == llm.chat_prompt(conversation(*texts))
     assert talk.out == (f"{shown}\n" if shown else "") + f"{reply(llm, *texts)}\n"

@@ -1,157 +1,33 @@
-"""Laws of the engine over a model that is only a memory: every token depends on all before it.
-
-`Echo` keeps in each slot a hash of the tokens folded into it, and in each page the tokens
-themselves, and makes the next token from both. One slot too late, twice, stale or swapped, and a
-request answers something else than it does alone, which `alone` computes without any engine.
-"""
+"""Laws of the engine over a model that is only a memory (`echo.py`)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
-from typing import Any, cast
+from dataclasses import replace
 
-import numpy as np
 import pytest
+from echo import (
+    LIMITS,
+    VOCAB,
+    Asked,
+    Echo,
+    Failure,
+    alone,
+    ask,
+    fail,
+    finish,
+    is_idle,
+    make_engine,
+    no_state,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bailing_jax.batch import BatchLayout, Region
-from bailing_jax.config import ModelConfig
-from bailing_jax.engine import engine as engine_module
-from bailing_jax.engine.engine import Engine, EngineLimits
+from bailing_jax.engine.limits import DECODE_STEPS, EngineLimits
 from bailing_jax.sampling_params import SamplingParams, resolve
-from bailing_jax.state import DecodeState
 
-VOCAB, PAGE_SIZE = 61, 4
-LIMITS = EngineLimits(max_num_seqs=3, max_model_len=26, prefill_chunk=8, page_size=PAGE_SIZE)
 GREEDY = resolve(SamplingParams(temperature=0.0), {}, "")
 
-
-def fold(memory: int, token: int) -> int:
-    return (memory * 31 + token + 7) % 1_000_003
-
-
-def alone(prompt: list[int], max_tokens: int) -> list[int]:
-    """The answer by the definition: greedy, no end but the budget and the longest length."""
-    tokens = list(prompt)
-    for _ in range(min(max_tokens, LIMITS.max_model_len - len(prompt))):
-        memory = 0
-        for token in tokens:
-            memory = fold(memory, token)
-        tokens.append((memory + sum(tokens)) % VOCAB)
-    return tokens[len(prompt) :]
-
-
-class Failure(BaseException):
-    """Like KeyboardInterrupt, it is no Exception."""
-
-
-class Echo:
-    """Stands where the compiled programs stand; slots and pages hold garbage to begin with."""
-
-    def __init__(self, limits: EngineLimits = LIMITS) -> None:
-        self.limits, self.spec = limits, limits.state_spec("float32", "float32")
-        self.slots = np.full(self.spec.num_slots, 999, np.int64)
-        self.pages = np.full((self.spec.num_pages, PAGE_SIZE), 998, np.int64)
-        self.compiled: set[tuple[int, int, int]] = set()
-        self.ran: set[tuple[int, int, int]] = set()
-        self.fails = False
-
-    def step(self, state: DecodeState, layout: BatchLayout) -> tuple[np.ndarray, DecodeState]:
-        self.ran.add(size(layout))
-        logits = np.zeros((layout.logit_rows.shape[0], VOCAB), np.float32)
-        ends = layout.num_decode + np.asarray(layout.cu_seqlens)
-        decodes, segments = layout.decode_region(), layout.prefill_region()
-        everyone = [(decodes, i, i, i + 1) for i in range(layout.num_decode)]
-        everyone += [(segments, i, *ends[i : i + 2]) for i in range(len(ends) - 1)]
-        for output, (region, i, start, end) in enumerate(everyone):
-            if region.slots[i] != 0 and start < end:
-                assert layout.logit_rows[output] == end - 1
-                heard = self._hear(region, i, layout.tokens[start:end], layout.positions[start:end])
-                logits[output, heard % VOCAB] = 1
-        if self.fails:  # after the state has changed, as a compiled step would
-            raise Failure
-        return logits, state
-
-    def _hear(self, region: Region, i: int, tokens: Any, positions: Any) -> int:
-        """Fold the tokens in; what slot and pages hold then decides the next token."""
-        slot, pages = int(region.slots[i]), np.asarray(region.page_table)[i]
-        assert positions[0] == region.context_lengths[i]
-        fresh = region.is_fresh is not None and bool(region.is_fresh[i])
-        memory = 0 if fresh else int(self.slots[slot])
-        for token, position in zip(tokens.tolist(), positions.tolist(), strict=True):
-            memory = fold(memory, token)
-            self.pages[pages[position // PAGE_SIZE], position % PAGE_SIZE] = token
-        self.slots[slot] = memory
-        return memory + int(self.pages[pages].reshape(-1)[: positions[-1] + 1].sum())
-
-    def compile_step(self, state: DecodeState, layout: BatchLayout) -> None:
-        self.compiled.add(size(layout))
-
-    def has_step(self, layout: BatchLayout) -> bool:
-        return size(layout) in self.compiled | self.ran
-
-
-def size(layout: BatchLayout) -> tuple[int, int, int]:
-    return layout.num_decode, layout.num_prefill, layout.segment_slots.shape[0]
-
-
-@pytest.fixture(autouse=True)
-def _no_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "allocate", lambda _config, _spec: DecodeState(()))
-
-
-def make_engine(echo: Echo) -> Engine:
-    config = cast(ModelConfig, SimpleNamespace(vocab_size=VOCAB))
-    return Engine(cast(Any, echo), config, echo.limits, echo.spec)
-
-
-@dataclass
-class Asked:
-    prompt: list[int]
-    max_tokens: int
-    answer: list[int] = field(default_factory=list)
-
-    def expected(self) -> list[int]:
-        return alone(self.prompt, self.max_tokens)
-
-    def check_beginning(self) -> None:
-        assert self.answer == self.expected()[: len(self.answer)]
-
-
-def ask(engine: Engine, prompt: list[int], max_tokens: int) -> tuple[int, Asked]:
-    asked = Asked(prompt, max_tokens)
-
-    def on_token(token: int, _logprobs: dict[int, float] | None) -> bool:
-        asked.answer.append(token)
-        return len(asked.answer) == max_tokens
-
-    params = resolve(SamplingParams(temperature=0.0, max_tokens=max_tokens), {}, "")
-    return engine.submit(prompt, params, 0, on_token), asked
-
-
-def finish(engine: Engine) -> None:
-    while engine.has_work:
-        engine.step()
-
-
-def fail(engine: Engine, echo: Echo) -> None:
-    """A step that dies halfway."""
-    echo.fails = True
-    with pytest.raises(Failure):
-        engine.step()
-    echo.fails = False
-
-
-def is_idle(engine: Engine) -> bool:
-    """Nobody holds a slot or a page."""
-    scheduler = engine._scheduler
-    return (
-        not engine.has_work
-        and scheduler.slots.num_free == scheduler.slots.capacity
-        and scheduler.pages.num_free == scheduler.pages.capacity
-    )
+_no_state = pytest.fixture(autouse=True)(no_state)
 
 
 PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20)
@@ -169,6 +45,50 @@ def test_r022_every_request_gets_the_answer_it_gets_alone(
     finish(engine)
     assert [a.answer for a in asked] == [a.expected() for a in asked]
     assert is_idle(engine)
+
+
+# Where the wishes of a test take the engine; few pages, so that requests give way by themselves.
+TIGHT = replace(LIMITS, max_num_pages=9)
+EXACT = replace(LIMITS, exact=True)
+TIGHT_EXACT = replace(TIGHT, exact=True)
+WISHES = st.lists(
+    st.tuples(
+        st.one_of(st.none(), st.integers(0, 8)),
+        st.dictionaries(st.integers(1, 9), st.integers(0, 8), max_size=3),
+        st.sets(st.integers(1, 9), max_size=2),
+        st.integers(1, DECODE_STEPS),
+    ),
+    max_size=25,
+)
+
+
+@pytest.mark.parametrize("limits", [LIMITS, TIGHT, EXACT, TIGHT_EXACT], ids=str)
+@settings(max_examples=60, deadline=None)
+@given(requests=REQUESTS, wishes=WISHES)
+def test_r080_whatever_budgets_cuts_and_preemptions_the_answer_is_the_one_alone(
+    limits: EngineLimits,
+    requests: list[tuple[list[int], int]],
+    wishes: list[tuple[int | None, dict[int, int], set[int], int]],
+) -> None:
+    """R079-R084: state and pages are recomputed together, from prompt and answer so far."""
+    engine = make_engine(Echo(limits))
+    asked = [ask(engine, prompt, max_tokens)[1] for prompt, max_tokens in requests]
+    for budget, cuts, preempt, max_steps in wishes:
+        if engine.has_work:
+            engine.step(budget=budget, cuts=cuts, preempt=preempt, max_steps=max_steps)
+    finish(engine)
+    assert [a.answer for a in asked] == [a.expected() for a in asked]
+    assert is_idle(engine)
+
+
+def test_exact_mode_runs_two_programs() -> None:
+    echo = Echo(TIGHT_EXACT)
+    engine = make_engine(echo)
+    for length in range(1, 20):
+        ask(engine, [length] * length, 1 + length % 7)
+        engine.step(max_steps=1)
+    finish(engine)
+    assert echo.ran == {(0, 8, 3), (3, 0, 0)}
 
 
 EVENTS = st.lists(
@@ -220,7 +140,7 @@ def test_r028_a_failed_step_ends_every_request_and_the_next_ones_are_right() -> 
     engine = make_engine(echo)
     keys = [ask(engine, [i] * (4 + i), 9)[0] for i in range(5)]
     for _ in range(3):
-        engine.step()
+        engine.step(max_steps=1)
     assert all(engine.is_unfinished(key) for key in keys)
     fail(engine, echo)
     assert not any(engine.is_unfinished(key) for key in keys)
@@ -245,6 +165,94 @@ def test_a_listener_that_raises_ends_every_request() -> None:
     assert is_idle(engine)
 
 
+def test_r025_a_listeners_error_ends_its_own_request_and_no_other() -> None:
+    engine = make_engine(Echo())
+    errors: list[Exception] = []
+    heard: list[int] = []
+
+    def listener(token: int, _logprobs: dict[int, float] | None) -> bool:
+        heard.append(token)
+        if len(heard) == 3:
+            raise OSError("the reader went away")
+        return False
+
+    _, first = ask(engine, [3], 9)
+    params = replace(GREEDY, max_tokens=9)
+    number = engine.submit([1, 2], params, 0, listener, on_error=errors.append)
+    _, last = ask(engine, [4, 4], 9)
+    finish(engine)
+    assert [str(error) for error in errors] == ["the reader went away"]
+    assert len(heard) == 3
+    assert not engine.is_unfinished(number)
+    assert (first.answer, last.answer) == (first.expected(), last.expected())
+    assert is_idle(engine)
+
+
+def test_a_listener_may_cancel_anybody() -> None:
+    """Also in the middle of a call that decoded several tokens of both."""
+    engine = make_engine(Echo())
+    other, cancelled = ask(engine, [7, 7], 12)
+    heard: list[int] = []
+
+    def listener(token: int, _logprobs: dict[int, float] | None) -> bool:
+        heard.append(token)
+        if len(heard) == 4:
+            engine.cancel(other)
+        return len(heard) == 12
+
+    engine.submit([1, 2], replace(GREEDY, max_tokens=12), 0, listener)
+    finish(engine)
+    assert len(heard) == 12
+    assert len(cancelled.answer) in (3, 4)
+    cancelled.check_beginning()
+    assert is_idle(engine)
+
+
+# Several steps in one call.
+
+
+def test_several_steps_run_in_one_call_when_nobody_waits() -> None:
+    echo = Echo()
+    engine = make_engine(echo)
+    asked = [ask(engine, [i] * 3, 1 + DECODE_STEPS + i)[1] for i in range(3)]
+    finish(engine)
+    assert echo.decode_steps == [DECODE_STEPS, 2]
+    assert [a.answer for a in asked] == [a.expected() for a in asked]
+
+
+def test_while_others_wait_no_row_idles_at_its_end() -> None:
+    echo = Echo()
+    engine = make_engine(echo)
+    asked = [ask(engine, [i], 5 + i)[1] for i in range(4)]
+    engine.step()
+    engine.step()
+    assert echo.decode_steps == [4]
+    finish(engine)
+    assert [a.answer for a in asked] == [a.expected() for a in asked]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_r074_tokens_behind_a_stop_are_dropped(known: bool) -> None:
+    """Whether the device knows the stop or only the listener does (as with stop strings)."""
+    want = alone([5, 6], 20)
+    stop = want[4]
+    for max_steps in (1, 3, DECODE_STEPS):
+        engine = make_engine(Echo())
+        heard: list[int] = []
+
+        def listener(token: int, _logprobs: dict[int, float] | None, heard=heard) -> bool:
+            heard.append(token)
+            return token == stop
+
+        params = replace(GREEDY, max_tokens=20)
+        engine.submit([5, 6], params, 0, listener, stop_ids={stop} if known else ())
+        _, other = ask(engine, [9], 20)
+        while engine.has_work:
+            engine.step(max_steps=max_steps)
+        assert heard == want[: want.index(stop) + 1]
+        assert other.answer == other.expected()
+
+
 def test_r026_the_pool_is_whole_after_every_burst() -> None:
     engine = make_engine(Echo())
     for burst in range(20):
@@ -260,7 +268,9 @@ def test_r014_any_traffic_runs_few_programs() -> None:
     for length in range(1, 20):
         for _ in range(1 + length % 4):
             ask(engine, [length] * length, 1 + length % 7)
-        engine.step()
+        engine.step(max_steps=1)
+    finish(engine)
+    ask(engine, [1], 3)
     finish(engine)
     assert echo.ran == {(1, 0, 0), (2, 0, 0), (3, 0, 0), (3, 8, 3)}
 

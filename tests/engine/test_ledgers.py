@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from bailing_jax.engine.engine import EngineLimits
+from bailing_jax.engine.limits import EngineLimits
 from bailing_jax.engine.pages import PageHandle, PageLedger
 from bailing_jax.engine.slots import SlotHandle, SlotLedger
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from bailing_jax.engine.sampler import Choice, logprobs, sample
+from bailing_jax.engine import sampler
+from bailing_jax.engine.sampler import Choice
 from bailing_jax.sampling_params import SamplingParams, resolve
 
 VOCAB, DRAWS = 13, 1024
@@ -23,6 +25,37 @@ VOCAB, DRAWS = 13, 1024
 LOGITS = np.array([0.4, -1.1, 2.0, 0.4, 1.3, -0.2, 0.9, 2.4, -3.0, 1.7, -0.2, 0.1, 0.6], np.float32)
 TOKENS = [2, 8, 8, 4, 8, 7, 8, 4]
 NUM_PROMPT = 3  # the answer is 4, 8, 7, 8, 4
+
+
+PICK, REFINE = jax.jit(sampler.pick), jax.jit(sampler.refine)
+
+
+def positions_and_knobs(
+    size: int, rows: Sequence[int], choices: Sequence[Choice]
+) -> tuple[np.ndarray, sampler.Knobs]:
+    positions = np.zeros(size, np.int32)
+    positions[list(rows)] = [len(c.tokens) for c in choices]
+    return positions, sampler.knobs(size, rows, [(c.params, c.seed) for c in choices])
+
+
+def sample(logits: jax.Array, rows: Sequence[int], choices: Sequence[Choice]) -> np.ndarray:
+    """A token for each of the given rows, as the engine gets it."""
+    positions, knobs = positions_and_knobs(logits.shape[0], rows, choices)
+    tokens = PICK(logits, knobs, positions)
+    if any(sampler.is_edited(c.params) for c in choices):
+        edits = sampler.edits(logits.shape, rows, choices)
+        tokens = REFINE(logits, tokens, edits, knobs, positions).tokens
+    return np.asarray(tokens)[list(rows)]
+
+
+def logprobs(
+    logits: jax.Array, rows: Sequence[int], chosen: Sequence[int], counts: Sequence[int | None]
+) -> list[dict[int, float] | None]:
+    tokens = np.zeros(logits.shape[0], np.int32)
+    tokens[list(rows)] = chosen
+    positions, knobs = positions_and_knobs(logits.shape[0], (), ())
+    edits = sampler.edits(logits.shape, (), ())
+    return sampler.logprobs(REFINE(logits, tokens, edits, knobs, positions), rows, counts)
 
 
 def params(**fields: Any) -> SamplingParams:

@@ -28,10 +28,20 @@ class Client:
     tokens: list[int]
     num_prompt: int
     folded: int = 0
+    given_way: int = 0
 
     @property
     def decodes(self) -> bool:
-        return len(self.tokens) > self.num_prompt
+        return len(self.tokens) > self.num_prompt and self.folded == len(self.tokens) - 1
+
+
+def pages_of(num_tokens: int) -> int:
+    return -(-num_tokens // PAGE_SIZE)
+
+
+def can_grow(sequence: Sequence) -> bool:
+    assert sequence.pages is not None
+    return len(sequence.pages.pages) < pages_of(sequence.max_length)
 
 
 class Clients:
@@ -65,6 +75,9 @@ class Clients:
     def step(self) -> StepPlan:
         """One step: plan, check, fold, append a token to whoever is whole, end who is full."""
         plan = self.scheduler.plan()
+        for client in self.alive.values():
+            if client.sequence.num_preempted > client.given_way:
+                client.given_way, client.folded = client.sequence.num_preempted, 0
         self.check(plan)
         self.scheduler.commit(plan)
         for sequence in plan.decodes:
@@ -100,15 +113,18 @@ class Clients:
         running = [s for s in alive if s.slot is not None]
         assert running == alive[: len(running)]
         if len(running) < len(alive):
-            need = -(-alive[len(running)].max_length // PAGE_SIZE)
+            need = pages_of(len(alive[len(running)].tokens) + 1) + sum(map(can_grow, running))
             assert not self.slots.num_free or need > self.pages.num_free
         decoding = [s for s in running if self.alive[s.number].decodes]
-        assert list(plan.decodes) == decoding
+        if decoding != list(plan.decodes):  # the youngest stands still for want of a page
+            assert decoding.pop() is running[-1]
+            assert decoding == list(plan.decodes)
+            assert not self.pages.num_free
         filling = [s for s in running if not self.alive[s.number].decodes]
         served = [s for s, _ in plan.segments]
         assert served == filling[: len(served)]
         left = [len(s.tokens) - self.alive[s.number].folded for s in filling]
-        budget = self.scheduler.prefill_budget
+        budget = self.scheduler.prefill_chunk
         assert len(served) <= self.scheduler.max_segments
         assert plan.num_prefill_tokens <= budget
         # Only the last segment is cut, and only by the budget; nobody is left out needlessly.
@@ -224,15 +240,81 @@ def test_r032_admission_counts_slots() -> None:
     assert shape(clients.step()) == ([2], [(3, 2)])
 
 
-def test_r032_admission_counts_pages_for_the_whole_length() -> None:
+def test_r032_admission_counts_pages_of_the_tokens_and_one_to_grow_for_each() -> None:
     clients = Clients(num_slots=3, num_pages=5)
-    clients.submit(3, 8)  # 11 tokens: 3 pages
-    clients.submit(9, 3)  # 12 tokens: 3 pages, 2 are free
+    clients.submit(3, 8)  # 4 tokens with the next: 1 page, and it will want another
+    clients.submit(12, 3)  # 13: 4 pages, 3 are free beside that one
     clients.submit(1, 1)  # would fit, but must not overtake
     assert shape(clients.step()) == ([], [(1, 3)])
     clients.remove(1)
     assert shape(clients.step()) == ([], [(2, 8)])
-    assert shape(clients.step()) == ([], [(2, 1), (3, 1)])
+    assert shape(clients.step()) == ([], [(2, 4), (3, 1)])
+
+
+# Running out of pages.
+
+
+def test_r079_the_youngest_gives_way_and_comes_back_to_its_place() -> None:
+    """Three that grow to 4 pages each in a pool of 7; all are 5 tokens long to begin with."""
+    clients = Clients(num_slots=3, num_pages=7, budget=16, max_segments=3)
+    for _ in range(3):
+        clients.submit(5, 11)
+    assert shape(clients.step()) == ([], [(1, 5), (2, 5)])  # the third must leave room to grow
+    one, two, three = (client.sequence for client in clients.alive.values())
+    for _ in range(6):
+        clients.step()
+    assert [s.num_preempted for s in (one, two, three)] == [0, 0, 0]
+    while one.num_computed < 12:
+        clients.step()
+    clients.step()  # the first wants its fourth page, and so does the second
+    assert shape(clients.step()) == ([1], [])
+    assert (len(one.pages.pages), len(two.pages.pages)) == (4, 3)  # pyright: ignore
+    clients.run()
+    assert clients.ended == [1, 2, 3]
+
+
+def test_r081_a_resumed_request_computes_prompt_and_answer_again() -> None:
+    clients = Clients(num_slots=2, num_pages=20, budget=8)
+    number = clients.submit(6, 9)
+    for _ in range(4):
+        clients.step()
+    sequence = clients.alive[number].sequence
+    assert (len(sequence.tokens), sequence.num_computed) == (10, 9)
+    assert shape(clients.scheduler.plan(preempt=[number])) == ([], [(number, 8)])
+    assert (sequence.num_computed, sequence.num_preempted) == (0, 1)
+
+
+def test_one_that_fits_alone_ends_however_many_others_there_are() -> None:
+    clients = Clients(num_slots=4, num_pages=5, budget=6, max_segments=4)
+    for _ in range(12):
+        clients.submit(4, 16)  # 20 tokens: all 5 pages
+    clients.run()
+    assert clients.ended == list(range(1, 13))
+
+
+def test_r028_several_steps_are_planned_only_with_their_pages() -> None:
+    clients = Clients(num_slots=2, num_pages=6, budget=8)
+    first = clients.submit(4, 12)
+    clients.step()
+    scheduler, sequence = clients.scheduler, clients.alive[first].sequence
+    assert scheduler.plan(max_steps=8).num_steps == 8
+    assert sequence.pages is not None
+    assert len(sequence.pages.pages) == 3  # 4 + 8 tokens
+    clients.submit(4, 12)
+    assert scheduler.plan(max_steps=8).num_steps == 1  # somebody prefills
+    clients.step()
+    clients.step()
+    steps = scheduler.plan(max_steps=8).num_steps
+    held = [len(c.sequence.pages.pages) for c in clients.alive.values()]  # pyright: ignore
+    assert steps == 4
+    assert held == [3, 3]
+
+
+def test_what_the_host_must_see_runs_one_step_at_a_time() -> None:
+    clients = Clients()
+    clients.alive[clients.submit(4, 12)].sequence.several_steps = False
+    clients.step()
+    assert clients.scheduler.plan(max_steps=8).num_steps == 1
 
 
 @pytest.mark.parametrize(("num_prompt", "fits"), [(11, True), (12, True), (13, False)])
@@ -318,9 +400,9 @@ def test_r033_any_arrivals_and_departures_keep_the_books(
         elif what == "step":
             for _ in range(number):
                 clients.step()
-    # Every step folds a token of somebody, so this many steps are enough for everybody.
-    left = sum(c.sequence.max_length - c.folded for c in clients.alive.values())
-    for _ in range(left):
+    # Every step folds a token of somebody; some of them twice, whose pages were taken.
+    left = sum(c.sequence.max_length for c in clients.alive.values())
+    for _ in range(left * (1 + len(clients.alive))):
         clients.step()
     assert not clients.scheduler.has_work
     assert sorted(clients.ended) == list(range(1, sent + 1))

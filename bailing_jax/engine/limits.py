@@ -1,0 +1,53 @@
+"""The static sizes of an engine, fixed when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bailing_jax.state import StateSpec
+
+# Decode steps one device call may run. More would save no more of the host's share (2 % of a step
+# is left), and a stream gets its tokens in bursts of that many.
+DECODE_STEPS = 8
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """The static sizes of an engine.
+
+    Attributes:
+        max_num_seqs: sequences that run at once.
+        max_model_len: tokens of one sequence, prompt and answer.
+        prefill_chunk: prefill tokens a step.
+        page_size: tokens a page.
+        max_num_pages: pages of all sequences together; None: every sequence at full length.
+        exact: steps of fixed sizes, prompts cut on a fixed grid.
+    """
+
+    max_num_seqs: int
+    max_model_len: int
+    prefill_chunk: int
+    page_size: int
+    max_num_pages: int | None = None
+    exact: bool = False
+
+    @property
+    def pages_a_sequence(self) -> int:
+        """The width of a page table."""
+        return -(-self.max_model_len // self.page_size)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that can be handed out."""
+        full = self.max_num_seqs * self.pages_a_sequence
+        return full if self.max_num_pages is None else min(full, self.max_num_pages)
+
+    def state_spec(self, page_dtype: str, state_dtype: str) -> StateSpec:
+        """The state for that many sequences and pages, NULL slot and page included."""
+        return StateSpec(
+            num_slots=self.max_num_seqs + 1,
+            num_pages=self.num_pages + 1,
+            page_dtype=page_dtype,
+            state_dtype=state_dtype,
+            page_size=self.page_size,
+        )
