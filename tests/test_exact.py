@@ -7,7 +7,6 @@ the grid). Nothing here has a tolerance. The models keep sizes that no vector wi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +60,10 @@ def requests(driver: ExactDriver) -> list[tuple[list[int], int]]:
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
-def case(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[ExactDriver]:
+def case(request: pytest.FixtureRequest, tmp_path_factory) -> ExactDriver:
     name, dtype, state_dtype = request.param
     folder = tmp_path_factory.mktemp(name)
-    yield make(name, folder, dtype=dtype, state_dtype=state_dtype)
+    return make(name, folder, dtype=dtype, state_dtype=state_dtype)
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,9 @@ def lightning_prefill(
             f"{segments} slots need cu_seqlens [{segments + 1}] and is_fresh [{segments}], got "
             f"{cu_seqlens.shape} and {is_fresh.shape}"
         )
-    run = dispatch.choose("lightning_prefill", implementation, q, k, v, log_decay, state, exact=exact)
+    run = dispatch.choose(
+        "lightning_prefill", implementation, q, k, v, log_decay, state, exact=exact
+    )
     return _jit(run, "scale", "chunk_size")(
         q, k, v, log_decay, state, slots=slots, cu_seqlens=cu_seqlens, is_fresh=is_fresh,
         scale=scale, chunk_size=chunk_size,
@@ -115,7 +117,9 @@ def lightning_decode(
     _check(q, k, v, log_decay, state)
     if slots.shape != q.shape[:1]:
         raise ValueError(f"one slot a row: rows {q.shape[0]}, slots {slots.shape}")
-    run = dispatch.choose("lightning_decode", implementation, q, k, v, log_decay, state, exact=exact)
+    run = dispatch.choose(
+        "lightning_decode", implementation, q, k, v, log_decay, state, exact=exact
+    )
     return _jit(run, "scale")(q, k, v, log_decay, state, slots=slots, scale=scale)
 
 

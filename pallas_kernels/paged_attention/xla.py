@@ -30,5 +30,12 @@ def paged_attention(
     }
     pages = append(pages, jnp.stack([k, v], axis=1), **where)
     q = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)
-    o = attend(q, pages, lambda tokens: (tokens[:, :, 0], tokens[:, :, 1]), **where, scale=scale, fixed_blocks=fixed_blocks)
+    o = attend(
+        q,
+        pages,
+        lambda tokens: (tokens[:, :, 0], tokens[:, :, 1]),
+        **where,
+        scale=scale,
+        fixed_blocks=fixed_blocks,
+    )
     return o.reshape(rows, heads, head_dim).astype(v.dtype), pages
