@@ -15,7 +15,7 @@ import numpy as np
 
 from bailing_jax.batch import BatchLayout, pack
 from bailing_jax.config import ModelConfig
-from bailing_jax.engine import sampler, sizes
+from bailing_jax.engine import debug, sampler, sizes
 from bailing_jax.engine.pages import PageLedger
 from bailing_jax.engine.programs import Programs
 from bailing_jax.engine.scheduler import Scheduler, Sequence, StepPlan
@@ -105,6 +105,7 @@ class Engine:
         )
         self._state = DecodeState(())  # gives the old one's memory back first
         self._state = allocate(self._config, self._spec)
+        self._debug = debug.start(self._config, self._limits.page_size)
 
     @property
     def has_work(self) -> bool:
@@ -193,7 +194,9 @@ class Engine:
             segments = layout.segment_slots.shape[0]
             size = ProgramSize(layout.num_decode, layout.num_prefill, segments)
             self.on_compile(size.in_words())
+        self._state = self._debug.before(plan, layout, self._state, self._scheduler)
         logits, self._state = self._programs.step(self._state, layout)
+        self._debug.after(self._state, logits)
         self._scheduler.commit(plan)
         wanting = list(enumerate(plan.decodes)) + [
             (layout.num_decode + i, sequence)
