@@ -11,11 +11,14 @@ from bailing_jax.errors import bad_value
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.state import PAGE_SIZE
 from pallas_kernels import dispatch
+from pallas_kernels.lightning_attention.api import CHUNK_SIZE
 
 DTYPES = ("float32", "bfloat16")
 DEFAULT_NUM_SEQS = 8
 DEFAULT_MODEL_LEN = 4096
 DEFAULT_PREFILL_CHUNK = 512
+# Whether the scheduler keeps to the two calls of fixed size that exact mode needs.
+EXACT_SCHEDULING = True
 _OPERATORS = (
     "lightning_prefill",
     "lightning_decode",
@@ -40,7 +43,7 @@ class EngineOptions:
         memory_fraction: the share of memory that may be used.
         mesh: only one device for now.
         kernels: "auto" or the name of one implementation of all operators.
-        batch_invariant: exact mode; not yet.
+        batch_invariant: exact mode: a request's bits depend on nothing but itself.
     """
 
     dtype: str | None = None
@@ -71,13 +74,30 @@ class EngineOptions:
             raise bad_value("memory_fraction", self.memory_fraction, "a number > 0 and <= 1")
         if not _is_single(self.mesh):
             raise bad_value("mesh", self.mesh, "one device (sharding is not supported yet)")
-        if self.batch_invariant is not False:
+        if not isinstance(self.batch_invariant, bool):
+            raise bad_value("batch_invariant", self.batch_invariant, "True, False")
+        with_exact = " (with batch_invariant)" * self.batch_invariant
+        for operator in _OPERATORS:
+            found = dispatch.implementations(operator, exact=self.batch_invariant)
+            if self.kernels not in ("auto", *found):
+                raise bad_value("kernels", self.kernels, ", ".join(("auto", *found)) + with_exact)
+        if self.batch_invariant and max(self.prefill_chunk, CHUNK_SIZE) % min(
+            self.prefill_chunk, CHUNK_SIZE
+        ):
+            # Prompts are cut at multiples of prefill_chunk; chunks of the recurrence must lie on
+            # one grid from token 0 whatever the cuts.
+            allowed = f"a multiple of {CHUNK_SIZE} or a divisor of it{with_exact}"
+            raise bad_value("prefill_chunk", self.prefill_chunk, allowed)
+
+    def check_scheduling(self) -> None:
+        """Refuse what the scheduler can't do.
+
+        Raises:
+            UserError: exact mode is asked for.
+        """
+        if self.batch_invariant and not EXACT_SCHEDULING:
             allowed = "False (exact mode is not supported yet)"
             raise bad_value("batch_invariant", self.batch_invariant, allowed)
-        for operator in _OPERATORS:
-            names = ("auto", *dispatch.implementations(operator))
-            if self.kernels not in names:
-                raise bad_value("kernels", self.kernels, ", ".join(names))
 
     def runtime(self, config: ModelConfig, platform: str) -> RuntimeOptions:
         """What the layers need to know."""
@@ -86,7 +106,12 @@ class EngineOptions:
             # A CPU computes float32 as fast and shows differences of the model, not of rounding.
             wide = platform == "cpu" or config.checkpoint_dtype == "float32"
             dtype = "float32" if wide else "bfloat16"
-        return RuntimeOptions(dtype=dtype, rope_dtype=self.rope_dtype, kernels=self.kernels)
+        return RuntimeOptions(
+            dtype=dtype,
+            rope_dtype=self.rope_dtype,
+            kernels=self.kernels,
+            exact=self.batch_invariant,
+        )
 
     def limits(self, config: ModelConfig) -> EngineLimits:
         """The engine's static sizes.
@@ -102,7 +127,13 @@ class EngineOptions:
                 f"up to {config.max_positions} (max_position_embeddings; hf_overrides changes it)",
                 options=("hf_overrides",),
             )
-        return EngineLimits(self.max_num_seqs, length, self.prefill_chunk, PAGE_SIZE)
+        return EngineLimits(
+            self.max_num_seqs,
+            length,
+            self.prefill_chunk,
+            PAGE_SIZE,
+            exact=self.batch_invariant,
+        )
 
 
 def _is_single(mesh: Mapping[str, int] | str | None) -> bool:

@@ -93,6 +93,7 @@ class LLM:
             kernels=kernels,
             batch_invariant=batch_invariant,
         )
+        options.check_scheduling()
         loaded = load(model, options, hf_overrides or {}, seed, report, download=download)
         self.config = loaded.config
         self.limits = loaded.limits

@@ -4,6 +4,10 @@ An implementation registers under (operator, name) with a `supports` function th
 or the reason why it can't run. "auto" takes the first of the platform's preferences that
 supports the call; a named implementation runs or is refused, it never falls through. Every
 choice is logged once.
+
+An implementation may have an exact form: in a call of given static sizes a row's bits, and those
+of its state, depend on that row's own sequence alone, not on neighbours, on its place among the
+rows, on slot or page numbers, nor on how long other sequences are. `exact` asks for that form.
 """
 
 from __future__ import annotations
@@ -22,10 +26,11 @@ Supports = Callable[..., str | None]
 
 @dataclass(frozen=True)
 class Implementation:
-    """A function with its operator's signature, and when it can run."""
+    """A function with its operator's signature, its exact form if any, and when it can run."""
 
     run: Callable
     supports: Supports
+    exact: Callable | None = None
 
 
 _REGISTRY: dict[str, dict[str, Implementation]] = {}
@@ -37,7 +42,13 @@ def always(*_args: object, **_kwargs: object) -> None:
     """The `supports` of an implementation without limits."""
 
 
-def register(operator: str, name: str, run: Callable, supports: Supports = always) -> None:
+def register(
+    operator: str,
+    name: str,
+    run: Callable,
+    supports: Supports = always,
+    exact: Callable | None = None,
+) -> None:
     """Add an implementation.
 
     Raises:
@@ -46,20 +57,23 @@ def register(operator: str, name: str, run: Callable, supports: Supports = alway
     names = _REGISTRY.setdefault(operator, {})
     if name in names:
         raise ValueError(f"{operator} already has an implementation named {name!r}")
-    names[name] = Implementation(run, supports)
+    names[name] = Implementation(run, supports, exact)
 
 
-def implementations(operator: str) -> tuple[str, ...]:
-    """The registered names, in order of registration."""
-    return tuple(_REGISTRY.get(operator, {}))
+def implementations(operator: str, *, exact: bool = False) -> tuple[str, ...]:
+    """The registered names, in order of registration; `exact`: those with an exact form."""
+    registered = _REGISTRY.get(operator, {})
+    return tuple(name for name, found in registered.items() if found.exact or not exact)
 
 
-def choose(operator: str, implementation: str, *args: object, **kwargs: object) -> Callable:
-    """The function that runs `operator` for this call.
+def choose(
+    operator: str, implementation: str, *args: object, exact: bool = False, **kwargs: object
+) -> Callable:
+    """The function that runs `operator` for this call: its exact form if that is asked for.
 
     Raises:
-        ValueError: the named implementation does not exist or does not support the call, or
-            "auto" finds none.
+        ValueError: the named implementation does not exist, has no exact form or does not
+            support the call, or "auto" finds none.
     """
     registered = _REGISTRY[operator]
     if implementation != "auto":
@@ -68,21 +82,32 @@ def choose(operator: str, implementation: str, *args: object, **kwargs: object) 
                 f"{operator}: no implementation {implementation!r}; "
                 f"there are: auto, {', '.join(registered)}"
             )
-        reason = registered[implementation].supports(*args, **kwargs)
+        reason = _reason(registered[implementation], exact, *args, **kwargs)
         if reason is not None:
             raise ValueError(f"{operator}: {implementation!r} can't run: {reason}")
-        return registered[implementation].run
+        return _form(registered[implementation], exact)
     platform = jax.default_backend()
     reasons = []
     for name in _PREFERENCE.get(platform, ("xla",)):
         if name not in registered:
             continue
-        reason = registered[name].supports(*args, **kwargs)
+        reason = _reason(registered[name], exact, *args, **kwargs)
         if reason is None:
             _log_choice(operator, name, platform, "; ".join(reasons))
-            return registered[name].run
+            return _form(registered[name], exact)
         reasons.append(f"{name}: {reason}")
     raise ValueError(f"{operator}: nothing can run on {platform}: {'; '.join(reasons)}")
+
+
+def _reason(found: Implementation, exact: bool, *args: object, **kwargs: object) -> str | None:
+    """Why it can't run this call, or None."""
+    if exact and found.exact is None:
+        return "it has no exact form"
+    return found.supports(*args, **kwargs)
+
+
+def _form(found: Implementation, exact: bool) -> Callable:
+    return found.exact if exact and found.exact is not None else found.run
 
 
 @functools.cache

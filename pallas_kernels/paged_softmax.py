@@ -73,6 +73,7 @@ def attend(
     context_lengths: jax.Array,
     cu_seqlens: jax.Array | None,
     scale: float,
+    fixed_blocks: bool = False,
 ) -> jax.Array:
     """Causal attention of new rows over their sequence's pages (the new rows included).
 
@@ -84,10 +85,15 @@ def attend(
         context_lengths: int32 [B], tokens before the new rows.
         cu_seqlens: int32 [B + 1], or None for one row a sequence.
         scale: factor of the scores.
+        fixed_blocks: always walk in blocks of BLOCK_TOKENS, also where a table is narrower, so
+            that the sums of a row do not depend on the table's width.
 
     Returns:
         float32 [T, Kh, G, V]; zero for rows that do not exist.
     """
+    if fixed_blocks:
+        missing = -page_table.shape[1] % max(1, BLOCK_TOKENS // pages.shape[1])
+        page_table = jnp.pad(page_table, ((0, 0), (0, missing)))
     if cu_seqlens is None:
         exists = page_table[:, 0] != 0
         lengths = jnp.where(exists, context_lengths + 1, 0)

@@ -23,4 +23,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user-cache")))
         patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        # Every engine of every test, and of every process a test starts, checks its invariants.
+        patch.setenv("BAILING_DEBUG", "1")
         yield

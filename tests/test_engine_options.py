@@ -42,9 +42,9 @@ REFUSED: list[tuple[str, object, str]] = [
             ["a"],
         )
     ),
-    ("batch_invariant", True, "False (exact mode is not supported yet)"),
-    ("batch_invariant", 1, "False (exact mode is not supported yet)"),
-    ("batch_invariant", "false", "False (exact mode is not supported yet)"),
+    ("batch_invariant", 1, "True, False"),
+    ("batch_invariant", "false", "True, False"),
+    ("batch_invariant", None, "True, False"),
     ("kernels", "mosaic", "auto, xla, reference"),
     ("kernels", "", "auto, xla, reference"),
     ("kernels", None, "auto, xla, reference"),

@@ -35,7 +35,10 @@ COMMANDS = tuple(
 )
 DEVICE_FREE = (
     *(f"bailing_jax.{name}" for name in ("config", "layer_plan", "params", "presets", "errors")),
-    *(f"bailing_jax.engine.{name}" for name in ("scheduler", "slots", "pages", "stop")),
+    *(
+        f"bailing_jax.engine.{name}"
+        for name in ("scheduler", "slots", "pages", "stop", "invariants", "debug")
+    ),
 )
 FOLDERS = (
     *PACKAGES, *(f"bailing_jax.{n}" for n in ("layers", "engine", "text", "checkpoint", "tasks")),

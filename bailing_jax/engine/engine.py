@@ -16,7 +16,7 @@ import numpy as np
 
 from bailing_jax.batch import BatchLayout, pack
 from bailing_jax.config import ModelConfig
-from bailing_jax.engine import sampler, sizes
+from bailing_jax.engine import debug, sampler, sizes
 from bailing_jax.engine.limits import DECODE_STEPS, EngineLimits
 from bailing_jax.engine.pages import PageLedger
 from bailing_jax.engine.programs import STOP_IDS, Programs, StepResult, no_ends
@@ -93,6 +93,7 @@ class Engine:
         )
         self._state = DecodeState(())  # gives the old one's memory back first
         self._state = allocate(self._config, self._spec)
+        self._debug = debug.start(self._config, self._limits.page_size)
 
     @property
     def has_work(self) -> bool:
@@ -244,8 +245,10 @@ class Engine:
                 sequence, stop_ids = request.sequence, request.stop_ids
                 ends.room[row] = sequence.max_length - len(sequence.tokens)
                 ends.stop_ids[row, : len(stop_ids)] = stop_ids
+        self._state = self._debug.before(plan, layout, self._state, self._scheduler)
         result = self._programs.step(self._state, layout, knobs, ends, plan.num_steps)
         self._state = result.state
+        self._debug.after(self._state, result.logits)
         return _Call(plan, layout, knobs, result)
 
     def _finish(self, call: _Call) -> None:

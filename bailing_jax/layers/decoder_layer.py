@@ -33,7 +33,7 @@ class DecoderLayer(nnx.Module):
             scope / "post_attention_layernorm", config.norm_eps
         )
         mlp = scope / "mlp"
-        self.mlp = SwiGLU(mlp) if spec.mlp == "dense" else MoE(mlp, config.moe, options.kernels)
+        self.mlp = SwiGLU(mlp) if spec.mlp == "dense" else MoE(mlp, config.moe, options)
 
     def __call__(
         self, x: jax.Array, state: jax.Array, layout: BatchLayout, log_decay: jax.Array

@@ -58,6 +58,7 @@ class GqaAttention(nnx.Module):
                 cu_seqlens=region.cu_seqlens,
                 scale=config.head_dim**-0.5,
                 implementation=self.options.kernels,
+                exact=self.options.exact,
             )
 
         o, pages = layout.by_region(attend, pages, q, k, v)

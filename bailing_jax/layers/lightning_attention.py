@@ -78,10 +78,11 @@ class LightningAttention(nnx.Module):
         v: jax.Array,
         log_decay: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        scale, kernels = self.config.head_dim**-0.5, self.options.kernels
+        scale = self.config.head_dim**-0.5
+        chosen = {"implementation": self.options.kernels, "exact": self.options.exact}
         if region.cu_seqlens is None or region.is_fresh is None:
             return lightning_decode(
-                q, k, v, log_decay, state, slots=region.slots, scale=scale, implementation=kernels
+                q, k, v, log_decay, state, slots=region.slots, scale=scale, **chosen
             )
         return lightning_prefill(
             q,
@@ -93,5 +94,5 @@ class LightningAttention(nnx.Module):
             cu_seqlens=region.cu_seqlens,
             is_fresh=region.is_fresh,
             scale=scale,
-            implementation=kernels,
+            **chosen,
         )

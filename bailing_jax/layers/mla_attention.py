@@ -73,6 +73,7 @@ class MlaAttention(nnx.Module):
                 cu_seqlens=region.cu_seqlens,
                 scale=scale,
                 implementation=self.options.kernels,
+                exact=self.options.exact,
             )
 
         o, pages = layout.by_region(attend, pages, q, latents)

@@ -17,6 +17,7 @@ from flax import nnx
 from bailing_jax.config import Moe
 from bailing_jax.layers.declare import Scope
 from bailing_jax.layers.mlp import SwiGLU
+from bailing_jax.layers.options import RuntimeOptions
 from pallas_kernels import expert_mlp
 from pallas_kernels.compat import einsum
 
@@ -74,11 +75,11 @@ class _Stacked(nnx.Module):
 class MoE(nnx.Module):
     """x [t, d] -> [t, d]; rows that do not exist give zero from the routed experts."""
 
-    def __init__(self, scope: Scope, config: Moe, kernels: str) -> None:
+    def __init__(self, scope: Scope, config: Moe, options: RuntimeOptions) -> None:
         self.gate = Router(scope / "gate", config)
         self.experts = Experts(scope / "experts")
         self.shared_experts = SwiGLU(scope / "shared_experts") if config.shared_width else None
-        self.kernels = kernels
+        self.options = options
 
     def __call__(self, x: jax.Array, exists: jax.Array) -> jax.Array:
         return self.mix(x, exists, *self.gate(x))
@@ -96,6 +97,7 @@ class MoE(nnx.Module):
             ids,
             weights,
             exists,
-            implementation=self.kernels,
+            implementation=self.options.kernels,
+            exact=self.options.exact,
         )
         return y if self.shared_experts is None else y + self.shared_experts(x, exists)

@@ -14,11 +14,14 @@ class RuntimeOptions:
         rope_dtype: the dtype RoPE hands q and k on in ("float32" keeps them wide into
             attention); None follows `dtype`.
         kernels: "auto" or the name of one implementation for all operators.
+        exact: operators run in their exact form: a row's bits depend on its own sequence and on
+            the static sizes of the step, never on who shares it.
     """
 
     dtype: str
     rope_dtype: str | None = None
     kernels: str = "auto"
+    exact: bool = False
 
     @property
     def rotated_dtype(self) -> str:

@@ -9,7 +9,13 @@ import jax
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import reference, train, xla
 
-for _name, _module in (("xla", xla), ("reference", reference), ("train", train)):
+dispatch.register(
+    "expert_mlp",
+    "xla",
+    xla.expert_mlp,
+    exact=functools.partial(xla.expert_mlp, one_path=True),
+)
+for _name, _module in (("reference", reference), ("train", train)):
     dispatch.register("expert_mlp", _name, _module.expert_mlp)
 
 
@@ -23,6 +29,7 @@ def expert_mlp(
     exists: jax.Array,
     *,
     implementation: str = "auto",
+    exact: bool = False,
 ) -> jax.Array:
     """y_t = sum_i w_ti down_e(silu(gate_e x_t) * up_e x_t), e = expert_ids[t, i].
 
@@ -35,6 +42,7 @@ def expert_mlp(
         weights: float32 [T, x].
         exists: bool [T]; other rows cost nothing and give zero, whatever they hold.
         implementation: "auto" or a registered name.
+        exact: a row's bits depend on nothing but itself and the static number of rows.
 
     Returns:
         [T, d] in x's dtype, accumulated in float32.
@@ -50,7 +58,7 @@ def expert_mlp(
         raise ValueError(f"x {x.shape}, gate {gate.shape}, up {up.shape}, down {down.shape}")
     if expert_ids.shape != weights.shape or expert_ids.shape[0] != rows or exists.shape != (rows,):
         raise ValueError(f"ids {expert_ids.shape}, weights {weights.shape}, exists {exists.shape}")
-    run = dispatch.choose("expert_mlp", implementation, x, gate, up, down)
+    run = dispatch.choose("expert_mlp", implementation, x, gate, up, down, exact=exact)
     return _jit(run)(x, gate, up, down, expert_ids, weights, exists)
 
 

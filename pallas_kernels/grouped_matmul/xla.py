@@ -24,10 +24,16 @@ def expert_mlp(
     expert_ids: jax.Array,
     weights: jax.Array,
     exists: jax.Array,
+    *,
+    one_path: bool = False,
 ) -> jax.Array:
-    """See `api.expert_mlp`."""
+    """See `api.expert_mlp`; `one_path`: a lone row goes through the blocks like any other.
+
+    A row's products do not depend on the block or the lane of a block it lands in: every block
+    has the same static size, and rows of other experts in it are overwritten by later blocks.
+    """
     rows, choices = expert_ids.shape
-    if rows == 1:
+    if rows == 1 and not one_path:
         return _one_row(x, gate, up, down, expert_ids[0], weights[0], exists)
     num_experts = gate.shape[0]
     block = _block_size(rows, choices, num_experts)

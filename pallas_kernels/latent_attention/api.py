@@ -14,7 +14,13 @@ from pallas_kernels import dispatch
 from pallas_kernels.latent_attention import reference, train, xla
 from pallas_kernels.paged_attention.api import check_sequences
 
-for _name, _module in (("xla", xla), ("reference", reference), ("train", train)):
+dispatch.register(
+    "latent_attention",
+    "xla",
+    xla.latent_attention,
+    exact=functools.partial(xla.latent_attention, fixed_blocks=True),
+)
+for _name, _module in (("reference", reference), ("train", train)):
     dispatch.register("latent_attention", _name, _module.latent_attention)
 
 
@@ -29,6 +35,7 @@ def latent_attention(
     cu_seqlens: jax.Array | None = None,
     scale: float,
     implementation: str = "auto",
+    exact: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Append new latents and attend causally.
 
@@ -42,6 +49,7 @@ def latent_attention(
         cu_seqlens: int32 [B + 1] for packed segments, None when row t is sequence t.
         scale: factor of the scores.
         implementation: "auto" or a registered name.
+        exact: a row's bits depend on nothing but its sequence and the static number of rows.
 
     Returns:
         o [T, N, r] in q's dtype, still in latent space (zero for rows that do not exist), and
@@ -59,7 +67,7 @@ def latent_attention(
     if not 0 < value_dim <= width:
         raise ValueError(f"value_dim {value_dim}: want 1 to {width}")
     check_sequences(rows, page_table, context_lengths, cu_seqlens)
-    run = dispatch.choose("latent_attention", implementation, q, latents, pages)
+    run = dispatch.choose("latent_attention", implementation, q, latents, pages, exact=exact)
     return _jit(run)(
         q, latents, pages, value_dim=value_dim, page_table=page_table,
         context_lengths=context_lengths, cu_seqlens=cu_seqlens, scale=scale,

@@ -17,8 +17,9 @@ def latent_attention(
     context_lengths: jax.Array,
     cu_seqlens: jax.Array | None,
     scale: float,
+    fixed_blocks: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.latent_attention`."""
+    """See `api.latent_attention`; `fixed_blocks` as in `paged_softmax.attend`."""
     where = {
         "page_table": page_table,
         "context_lengths": context_lengths,
@@ -30,5 +31,5 @@ def latent_attention(
         tokens = tokens[:, :, None]
         return tokens, tokens[..., :value_dim]
 
-    o = attend(q[:, None], pages, split, **where, scale=scale)
+    o = attend(q[:, None], pages, split, **where, scale=scale, fixed_blocks=fixed_blocks)
     return o[:, 0].astype(q.dtype), pages

@@ -18,9 +18,12 @@ from pallas_kernels.lightning_attention import reference, train, xla
 
 CHUNK_SIZE = 64
 
-for _name, _module in (("xla", xla), ("reference", reference)):
-    dispatch.register("lightning_prefill", _name, _module.lightning_prefill)
-    dispatch.register("lightning_decode", _name, _module.lightning_decode)
+# Chunks count from a segment's own first row and states are folded one by one, so the usual form
+# is the exact one.
+for _name, _module, _exact in (("xla", xla, True), ("reference", reference, False)):
+    for _operator in ("lightning_prefill", "lightning_decode"):
+        _run = getattr(_module, _operator)
+        dispatch.register(_operator, _name, _run, exact=_run if _exact else None)
 dispatch.register("lightning_prefill", "train", train.lightning_prefill)
 
 
@@ -37,6 +40,7 @@ def lightning_prefill(
     scale: float,
     chunk_size: int = CHUNK_SIZE,
     implementation: str = "auto",
+    exact: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Fold packed segments into their slots.
 
@@ -53,6 +57,7 @@ def lightning_prefill(
         scale: the factor of the output, head_dim ** -0.5.
         chunk_size: tokens a chunk of the matrix form.
         implementation: "auto" or a registered name.
+        exact: a segment's bits depend on nothing but itself and the static sizes.
 
     Returns:
         o [T, N, V] in v's dtype, and the state.
@@ -69,7 +74,9 @@ def lightning_prefill(
             f"{segments} slots need cu_seqlens [{segments + 1}] and is_fresh [{segments}], got "
             f"{cu_seqlens.shape} and {is_fresh.shape}"
         )
-    run = dispatch.choose("lightning_prefill", implementation, q, k, v, log_decay, state)
+    run = dispatch.choose(
+        "lightning_prefill", implementation, q, k, v, log_decay, state, exact=exact
+    )
     return _jit(run, "scale", "chunk_size")(
         q, k, v, log_decay, state, slots=slots, cu_seqlens=cu_seqlens, is_fresh=is_fresh,
         scale=scale, chunk_size=chunk_size,
@@ -86,6 +93,7 @@ def lightning_decode(
     slots: jax.Array,
     scale: float,
     implementation: str = "auto",
+    exact: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Fold one token into each slot.
 
@@ -98,6 +106,7 @@ def lightning_decode(
         slots: int32 [B], distinct; 0 for pad rows.
         scale: the factor of the output.
         implementation: "auto" or a registered name.
+        exact: a row's bits depend on nothing but its sequence and the static sizes.
 
     Returns:
         o [B, N, V] in v's dtype, and the state.
@@ -108,7 +117,9 @@ def lightning_decode(
     _check(q, k, v, log_decay, state)
     if slots.shape != q.shape[:1]:
         raise ValueError(f"one slot a row: rows {q.shape[0]}, slots {slots.shape}")
-    run = dispatch.choose("lightning_decode", implementation, q, k, v, log_decay, state)
+    run = dispatch.choose(
+        "lightning_decode", implementation, q, k, v, log_decay, state, exact=exact
+    )
     return _jit(run, "scale")(q, k, v, log_decay, state, slots=slots, scale=scale)
 
 

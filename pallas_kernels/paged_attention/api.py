@@ -13,7 +13,13 @@ import jax
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import reference, train, xla
 
-for _name, _module in (("xla", xla), ("reference", reference), ("train", train)):
+dispatch.register(
+    "paged_attention",
+    "xla",
+    xla.paged_attention,
+    exact=functools.partial(xla.paged_attention, fixed_blocks=True),
+)
+for _name, _module in (("reference", reference), ("train", train)):
     dispatch.register("paged_attention", _name, _module.paged_attention)
 
 
@@ -28,6 +34,7 @@ def paged_attention(
     cu_seqlens: jax.Array | None = None,
     scale: float,
     implementation: str = "auto",
+    exact: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Append new tokens and attend causally.
 
@@ -41,6 +48,7 @@ def paged_attention(
         cu_seqlens: int32 [B + 1] for packed segments, None when row t is sequence t.
         scale: factor of the scores, head_dim ** -0.5.
         implementation: "auto" or a registered name.
+        exact: a row's bits depend on nothing but its sequence and the static number of rows.
 
     Returns:
         o [T, N, H] in v's dtype (zero for rows that do not exist), and the pages.
@@ -55,7 +63,7 @@ def paged_attention(
     if pages.ndim != 5 or pages.shape[2:] != (2, kv_heads, head_dim):
         raise ValueError(f"pages: want [pages,size,2,{kv_heads},{head_dim}], got {pages.shape}")
     check_sequences(rows, page_table, context_lengths, cu_seqlens)
-    run = dispatch.choose("paged_attention", implementation, q, k, v, pages)
+    run = dispatch.choose("paged_attention", implementation, q, k, v, pages, exact=exact)
     return _jit(run)(
         q, k, v, pages, page_table=page_table, context_lengths=context_lengths,
         cu_seqlens=cu_seqlens, scale=scale,

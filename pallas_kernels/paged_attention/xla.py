@@ -18,8 +18,9 @@ def paged_attention(
     context_lengths: jax.Array,
     cu_seqlens: jax.Array | None,
     scale: float,
+    fixed_blocks: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.paged_attention`."""
+    """See `api.paged_attention`; `fixed_blocks` as in `paged_softmax.attend`."""
     rows, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     where = {
@@ -29,5 +30,12 @@ def paged_attention(
     }
     pages = append(pages, jnp.stack([k, v], axis=1), **where)
     q = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)
-    o = attend(q, pages, lambda tokens: (tokens[:, :, 0], tokens[:, :, 1]), **where, scale=scale)
+    o = attend(
+        q,
+        pages,
+        lambda tokens: (tokens[:, :, 0], tokens[:, :, 1]),
+        **where,
+        scale=scale,
+        fixed_blocks=fixed_blocks,
+    )
     return o.reshape(rows, heads, head_dim).astype(v.dtype), pages
