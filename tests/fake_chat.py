@@ -49,7 +49,7 @@ class FakeLLM:
 
     def prepare(self, prompt: list[int], params: SamplingParams) -> object:
         self.params.append(params)
-        return SimpleNamespace(prompt=prompt)
+        return SimpleNamespace(prompt=prompt, raise_error=lambda: None)
 
     def warm_up(self, prompt_tokens: int, params: SamplingParams) -> None:
         assert params == self.params[-1]

@@ -70,7 +70,7 @@ class Knobs(NamedTuple):
         top_k: int32 [B], 0 or less for all.
         top_p: float32 [B].
         min_p: float32 [B].
-        seeds: uint32 [B, 2], low and high word.
+        seeds: uint32 [B, 2], high and low word.
     """
 
     temperature: np.ndarray
@@ -95,7 +95,7 @@ def knobs(size: int, rows: Sequence[int], choices: Sequence[tuple[SamplingParams
             out.top_k[row] = params.top_k
             out.top_p[row] = params.top_p
             out.min_p[row] = params.min_p
-            out.seeds[row] = seed & 0xFFFFFFFF, seed >> 32
+            out.seeds[row] = seed >> 32, seed & 0xFFFFFFFF
     return out
 
 
@@ -209,6 +209,6 @@ def _kept(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Arra
 
 
 def _noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
-    """Gumbel noise [vocab] of one request at one position."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), position)
+    """Gumbel noise [vocab] of one request at one position; the seed is the generator's key."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
     return jax.random.gumbel(key, (vocab,), jnp.float32)

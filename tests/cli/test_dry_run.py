@@ -99,7 +99,7 @@ def test_a_mixed_batch_compiles_the_programs_listed() -> None:
     """Answers end one after the other, so that 3, 2 and 1 sequences decode."""
     llm = tiny_llm(SHALLOW, max_num_seqs=3, prefill_chunk=80, max_model_len=256)
     prompts = [list(range(length)) for length in (5, 100, 7)]
-    llm.generate(prompts, [greedy(count, ignore_eos=True) for count in (9, 5, 7)])
+    llm.generate(prompts, [greedy(count, ignore_eos=True) for count in (30, 5, 17)])
     listed = job_programs(llm.limits)
     assert sorted(listed) == sorted(compiled(llm))
     assert len(listed) == 5

@@ -417,7 +417,7 @@ def test_a_job_of_nothing_but_compiling_steps_claims_no_rate(
 
 def test_a_job_says_when_it_compiles_and_only_then(source: Path, output: Path) -> None:
     llm, said = tiny_llm(max_num_seqs=2), list[str]()
-    write_input(source, [{"prompt_ids": [i, 3], "max_tokens": 2 + i} for i in range(4)])
+    write_input(source, [{"prompt_ids": [i, 3], "max_tokens": 2 + 6 * i} for i in range(4)])
     run(llm, source, output, say=said.append)
     compiling = [line for line in said if line.startswith("compiling ")]
     assert said == [said[0], *compiling, said[-1]]
