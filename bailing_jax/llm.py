@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from bailing_jax.engine.engine import Engine, fresh_seed
+from bailing_jax.engine.exact_check import require_exact
 from bailing_jax.engine.programs import Programs
 from bailing_jax.engine.scoring import Scorer
 from bailing_jax.engine.stop import StopMatcher
@@ -95,6 +96,7 @@ class LLM:
         )
         options.check_scheduling()
         loaded = load(model, options, hf_overrides or {}, seed, report, download=download)
+        require_exact(loaded)
         self.config = loaded.config
         self.limits = loaded.limits
         self.tokenizer = loaded.tokenizer

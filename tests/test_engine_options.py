@@ -104,6 +104,38 @@ def test_dtype_is_the_checkpoints_but_on_a_cpu(
     assert (runtime.dtype, runtime.rotated_dtype, runtime.kernels) == (want, want, "xla")
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_exact_mode_reaches_the_layers(exact: bool, platform: str) -> None:
+    assert EngineOptions(batch_invariant=exact).runtime(read(V2), platform).exact is exact
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("kernels", "reference", "auto, xla (with batch_invariant)"),
+        ("kernels", "mosaic", "auto, xla (with batch_invariant)"),
+        *(
+            ("prefill_chunk", size, "a multiple of 64 or a divisor of it (with batch_invariant)")
+            for size in (3, 48, 65, 100, 1000)
+        ),
+    ],
+)
+def test_r050_what_exact_mode_cannot_do_is_refused(name: str, value: object, allowed: str) -> None:
+    """Chunks of the recurrence lie on one grid from token 0, and every operator has its form."""
+    with pytest.raises(UserError) as caught:
+        EngineOptions(batch_invariant=True, **{name: value})  # type: ignore[arg-type]
+    assert caught.value.message == f"{name} = {value!r}; allowed: {allowed}"
+    assert caught.value.exit_code == EXIT_USAGE
+
+
+@pytest.mark.parametrize("size", [1, 16, 32, 64, 128, 512, 1024])
+@pytest.mark.parametrize("kernels", ["auto", "xla"])
+def test_what_exact_mode_takes(size: int, kernels: str) -> None:
+    options = EngineOptions(batch_invariant=True, prefill_chunk=size, kernels=kernels)
+    assert options.limits(read(V2)).prefill_chunk == size
+
+
 def test_rope_dtype_is_its_own() -> None:
     runtime = EngineOptions(dtype="bfloat16", rope_dtype="float32").runtime(read(V2), "cpu")
     assert (runtime.dtype, runtime.rotated_dtype) == ("bfloat16", "float32")

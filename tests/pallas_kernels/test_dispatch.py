@@ -52,6 +52,26 @@ def test_r017_a_named_implementation_never_falls_through(operator):
         dispatch.choose(operator, "gpu", 3)
 
 
+def test_the_exact_form_runs_only_where_it_is_asked_for(operator):
+    dispatch.register(operator, "xla", named("xla"), exact=named("xla, exact"))
+    dispatch.register(operator, "mine", named("mine"))
+    assert dispatch.implementations(operator, exact=True) == ("xla",)
+    for name in ("auto", "xla"):
+        assert dispatch.choose(operator, name)() == "xla"
+        assert dispatch.choose(operator, name, exact=True)() == "xla, exact"
+    assert dispatch.choose(operator, "mine")() == "mine"
+    with pytest.raises(ValueError, match="probe: 'mine' can't run: it has no exact form"):
+        dispatch.choose(operator, "mine", exact=True)
+
+
+def test_auto_passes_over_what_has_no_exact_form(operator, monkeypatch):
+    on(monkeypatch, "gpu")
+    dispatch.register(operator, "gpu", named("gpu"))
+    dispatch.register(operator, "xla", named("xla"), exact=named("xla, exact"))
+    assert dispatch.choose(operator, "auto")() == "gpu"
+    assert dispatch.choose(operator, "auto", exact=True)() == "xla, exact"
+
+
 def test_an_unknown_name_lists_the_names(operator):
     dispatch.register(operator, "xla", named("xla"))
     dispatch.register(operator, "mine", named("mine"))
