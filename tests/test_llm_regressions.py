@@ -38,19 +38,19 @@ def test_r050_any_prefill_chunk_makes_progress(chunk: int) -> None:
 
 
 def test_r089_an_answer_holds_its_own_code_word_and_nobody_elses() -> None:
-    """The shipped model is told a word and asked for it, among fifteen others told others."""
-    llm = LLM(max_num_seqs=8, max_model_len=512, report=lambda _line: None)
+    """The shipped model is told a word and asked for it, among eleven others told others."""
+    llm = LLM(max_num_seqs=4, max_model_len=512, prefill_chunk=64, report=lambda _line: None)
     tokenizer = llm.tokenizer
     assert tokenizer is not None
 
     def count(text: str) -> int:
         return len(tokenizer.encode(text))
 
-    problems = [recall_problem(3, i, "test", count, 60) for i in range(16)]
+    problems = [recall_problem(3, i, "test", count, 60) for i in range(12)]
     asked = [[{"role": "user", "content": problem.prompt}] for problem in problems]
-    texts = [out.outputs[0].text or "" for out in llm.chat(asked, greedy(24))]
+    texts = [out.outputs[0].text or "" for out in llm.chat(asked, greedy(16))]
     words = [problem.answer for problem in problems]
     assert len(set(words)) == len(words)
     for i, text in enumerate(texts):
         assert not [word for j, word in enumerate(words) if j != i and word in text], (i, text)
-    assert sum(word in text for word, text in zip(words, texts, strict=True)) >= 12
+    assert sum(word in text for word, text in zip(words, texts, strict=True)) >= 9
