@@ -268,3 +268,37 @@ def test_r014_a_layout_is_one_pytree_of_arrays() -> None:
         np.testing.assert_array_equal(got[1], other.segment_slots)
         np.testing.assert_array_equal(got[2], other.exists())
     assert len(traces) == 1
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(steps())
+def test_r039_padding_segments_begin_where_the_last_one_ends(
+    step: tuple[list[Row], list[Row], dict[str, int]],
+) -> None:
+    """Bounds never fall, and what lies behind the real segments is of no length."""
+    decodes, segments, sizes = step
+    bounds = lay(decodes, segments, **sizes).cu_seqlens
+    assert bounds[0] == 0
+    assert (np.diff(bounds) >= 0).all()
+    assert (bounds[len(segments) :] == sum(len(s.tokens) for s in segments)).all()
+
+
+@pytest.mark.parametrize("decodes", [0, 1, 4])
+@pytest.mark.parametrize("lengths", [[], [1], [1, 1, 1], [5]])
+def test_r008_decode_rows_run_apart_from_segments(decodes: int, lengths: list[int]) -> None:
+    """Whoever shares the step, a decode row goes where decode rows go and a segment does not."""
+    own = DECODES + [row([73 + i], 7 + i, context=3) for i in range(2)]
+    segments = [row([80] * n, 9 + i) for i, n in enumerate(lengths)]
+    layout = lay(own[:decodes], segments)
+    seen: list[tuple[bool, int, list[int]]] = []
+
+    def run(region: Any, state: Any, x: Any) -> tuple[Any, Any]:
+        seen.append((region.cu_seqlens is None, len(x), region.slots.tolist()))
+        return x, state
+
+    layout.by_region(run, np.zeros(1), np.asarray(layout.tokens))
+    slots = [r.slot for r in own[:decodes]], [s.slot for s in segments]
+    assert seen == [
+        (True, 4, slots[0] + [0] * (4 - decodes)),
+        (False, 9, slots[1] + [0] * (3 - len(lengths))),
+    ]

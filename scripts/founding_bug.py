@@ -1,0 +1,249 @@
+"""The founding bug, planted in a copy of the package, beside the healthy one.
+
+A step holds decode rows first, then prompt rows. An engine that was ported from one with prompts
+first, and went on slicing its decode rows and decode slots behind them, answers well alone and
+rots in company: nothing crashes, and a step without prompts is right. This plants that bug (the
+product holds no switch for it) and asks both packages the same word problems, one at a time and
+32 at once, through `python -m bailing_jax.evaluate`. Takes about a minute on two cores.
+
+    python scripts/founding_bug.py
+    python scripts/founding_bug.py --num 200 --seed 3 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from planting import PACKAGES, copy_of_project, plant, read_bugs
+
+FOUNDING = ("founding-rows", "founding-slots")
+CONCURRENCY = 32
+# More problems than places, so that prompts keep joining answers under way.
+NUM, QUICK_NUM = 40, 6
+QUICK_CONCURRENCY = 4
+# The longest right answer of the generator has about 260 tokens; a rotten one may never end.
+MAX_TOKENS = 300
+# Every prompt of the generator fits, so that alone none is cut; one program less to compile.
+PREFILL_CHUNK = 256
+SHOWN, SHOWN_LINES = 2, 8
+_TAKEN = ("num", "correct", "accuracy", "ci95", "truncated", "seconds", "tokens_per_s")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the evaluate command."""
+
+    package: str
+    concurrency: int
+    exact: bool = False
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        mode = ", exact mode" if self.exact else ""
+        return f"{self.package}, {self.concurrency} at once{mode}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found: the command's JSON line and its answers by problem, or why it failed."""
+
+    job: Job
+    found: dict[str, Any]
+    answers: list[dict[str, Any]]
+    error: str = ""
+
+
+def main() -> int:
+    args = _arguments()
+    num, company = (QUICK_NUM, QUICK_CONCURRENCY) if args.quick else (args.num, CONCURRENCY)
+    start = time.perf_counter()
+    with copy_of_project(PACKAGES) as healthy, copy_of_project(PACKAGES) as planted:
+        for bug in read_bugs():
+            if bug.id in FOUNDING:
+                plant(bug, planted)
+        folders = {"healthy": healthy, "planted": planted}
+        jobs = [Job(package, 1) for package in folders]
+        jobs += [Job(package, company) for package in folders]
+        _say(f"{num} word problems, {len(jobs)} runs, two at a time")
+
+        def run(job: Job) -> Result:
+            return _evaluate(job, folders[job.package], num, args.seed)
+
+        with ThreadPoolExecutor(2) as pool:
+            results = list(pool.map(run, jobs))
+            exact = list(pool.map(run, _exact_jobs(healthy, company)))
+    report = _report([*results, *exact], time.perf_counter() - start, args.seed)
+    if args.json:
+        print(json.dumps(report))
+    else:
+        print(_as_text(report, results, company))
+    return 1 if report["errors"] else 0
+
+
+def _arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--num", type=int, default=NUM, help=f"problems (default: {NUM})")
+    p.add_argument("--seed", type=int, default=0, help="of the held-out problems")
+    p.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    p.add_argument(
+        "--quick", action="store_true",
+        help=f"{QUICK_NUM} problems, {QUICK_CONCURRENCY} at once: shows that it runs",
+    )  # fmt: skip
+    args = p.parse_args()
+    if args.num < 1:
+        p.error("--num: at least 1")
+    return args
+
+
+def _exact_jobs(package: Path, company: int) -> list[Job]:
+    """Exact mode's runs, or none where the package refuses it."""
+    asked = "import bailing_jax as b; from bailing_jax.engine_options import EngineOptions as E; "
+    done = _python(package, ["-c", asked + "E(batch_invariant=True)"])
+    if done.returncode:
+        return []
+    return [Job("healthy", count, exact=True) for count in (1, company)]
+
+
+def _evaluate(job: Job, package: Path, num: int, seed: int) -> Result:
+    """Ask one package the problems."""
+    with TemporaryDirectory(prefix="answers-") as folder:
+        file = Path(folder) / "answers.jsonl"
+        flags = [
+            "--num", str(num), "--seed", str(seed), "--concurrency", str(job.concurrency),
+            "--max-tokens", str(MAX_TOKENS), "--prefill-chunk", str(PREFILL_CHUNK),
+            "--compile-cache", "off", "--json", "--quiet", "--output", str(file),
+        ]  # fmt: skip
+        flags += ["--batch-invariant"] * job.exact
+        done = _python(package, ["-m", "bailing_jax.evaluate", "word-problems", *flags])
+        if done.returncode:
+            return Result(job, {}, [], done.stderr.strip()[-400:] or f"exit {done.returncode}")
+        answers = [json.loads(line) for line in file.read_text().splitlines()]
+    _say(f"{job.name}: done")
+    answers.sort(key=lambda answer: answer["index"])
+    return Result(job, json.loads(done.stdout), answers)
+
+
+def _python(package: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Python on the packages in this folder, whatever else is installed."""
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=package, env=environment, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+
+
+def _report(results: Sequence[Result], seconds: float, seed: int) -> dict[str, Any]:
+    """Everything found, as JSON has it."""
+    alone = {result.job.exact: result for result in results
+             if result.job.package == "healthy" and result.job.concurrency == 1}  # fmt: skip
+    runs = []
+    for result in results:
+        job = result.job
+        reference = alone.get(job.exact)
+        runs.append(
+            {
+                "package": job.package,
+                "concurrency": job.concurrency,
+                "exact": job.exact,
+                **{key: result.found.get(key) for key in _TAKEN},
+                "same_as_alone": _same(result, reference),
+                "error": result.error or None,
+            }
+        )
+    return {
+        "seed": seed,
+        "runs": runs,
+        "exact_mode": "ran" if any(run["exact"] for run in runs) else "refused by this package",
+        "errors": sum(bool(result.error) for result in results),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _same(result: Result, alone: Result | None) -> int | None:
+    """How many answers are those of the healthy package to one problem at a time."""
+    if alone is None or not result.answers or len(alone.answers) != len(result.answers):
+        return None
+    pairs = zip(result.answers, alone.answers, strict=True)
+    return sum(one["tokens"] == other["tokens"] for one, other in pairs)
+
+
+def _as_text(report: dict[str, Any], results: Sequence[Result], company: int) -> str:
+    lines = [f"{'':<34}{'right':>10}  {'accuracy, 95 % interval':<26}{'as alone':>9}"]
+    for run in report["runs"]:
+        name = Job(run["package"], run["concurrency"], run["exact"]).name
+        if run["error"]:
+            lines.append(f"{name:<34}failed: {run['error']}")
+            continue
+        low, high = run["ci95"]
+        right = f"{run['correct']}/{run['num']}"
+        share = f"{run['accuracy']:.1%}  ({low:.1%} to {high:.1%})"
+        same = "-" if run["same_as_alone"] is None else f"{run['same_as_alone']}/{run['num']}"
+        lines.append(f"{name:<34}{right:>10}  {share:<26}{same:>9}")
+    if report["exact_mode"] != "ran":
+        lines.append(f"exact mode (batch_invariant): {report['exact_mode']}")
+    answers = {(r.job.package, r.job.concurrency): r.answers for r in results}
+    for pair in _shown(answers["healthy", company], answers["planted", company]):
+        lines += ["", *_side_by_side(*pair)]
+    return "\n".join([*lines, "", f"{report['seconds']:.0f} s"])
+
+
+def _shown(
+    healthy: Sequence[dict[str, Any]], planted: Sequence[dict[str, Any]]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Short problems that only the healthy package gets right; the longest good starts first."""
+    pairs = [
+        (good, bad)
+        for good, bad in zip(healthy, planted, strict=False)
+        if good["correct"] and not bad["correct"]
+        and len(good["answer"].splitlines()) <= SHOWN_LINES
+    ]  # fmt: skip
+
+    def common_start(pair: tuple[dict[str, Any], dict[str, Any]]) -> int:
+        letters = zip(pair[0]["answer"], pair[1]["answer"], strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], letters))
+
+    return sorted(pairs, key=common_start, reverse=True)[:SHOWN]
+
+
+def _side_by_side(good: dict[str, Any], bad: dict[str, Any]) -> list[str]:
+    """The same problem's two answers, a column each."""
+    columns = [_cut(answer["answer"]) for answer in (good, bad)]
+    width = max(map(len, columns[0])) + 4
+    rows = max(map(len, columns))
+    left, right = ([*c, *[""] * (rows - len(c))] for c in columns)
+    return [
+        f"problem {good['index']}: {good['prompt']}",
+        "",
+        f"{'healthy':<{width}}planted",
+        *(f"{a:<{width}}{b}".rstrip() for a, b in zip(left, right, strict=True)),
+    ]
+
+
+def _cut(answer: str) -> list[str]:
+    """The first lines of an answer, each short enough for half a screen."""
+    lines = answer.splitlines()
+    shown = [line if len(line) <= 60 else line[:57] + "..." for line in lines[:SHOWN_LINES]]
+    return [*shown, "..."] if len(lines) > SHOWN_LINES else shown
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
