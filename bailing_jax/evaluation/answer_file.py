@@ -104,4 +104,5 @@ class AnswerFile:
 
 
 def _cannot_write(path: Path, error: OSError, code: int) -> UserError:
-    return UserError(f"--output {path}: cannot be written: {error.strerror or error}", "", code)
+    what = f"--output {path}: cannot be written: {error.strerror or error}"
+    return UserError(what, "Make room, or give another file.", code)
