@@ -25,9 +25,7 @@ def programs() -> Path:
 _kept: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def run(
-    capsys: pytest.CaptureFixture[str], *args: object, code: int = EXIT_OK
-) -> tuple[str, str]:
+def run(capsys: pytest.CaptureFixture[str], *args: object, code: int = EXIT_OK) -> tuple[str, str]:
     """The command; what it wrote on stdout and on stderr."""
     assert main([str(arg) for arg in (*args, "--compile-cache", programs())]) == code
     return capsys.readouterr()

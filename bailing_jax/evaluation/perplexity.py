@@ -94,7 +94,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     """The figures to be read."""
     lines = [
         f"perplexity: {found['num']} windows of up to {found['window']} tokens, "
-        f"{found['tokens']} tokens predicted"
+        f"{found['tokens']} predicted"
     ]
     lines.append(f"{'offset':<8}{'perplexity':>12}{'nats a token':>14}  95 % interval")
     for offset, figures in found["offsets"].items():
