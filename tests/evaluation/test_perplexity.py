@@ -111,7 +111,7 @@ def test_both_offsets_are_printed_with_interval_and_verdict(
     assert err == ""
     head, heading, zero, one, config, difference, verdict, speed = out.splitlines()
     assert head == f"perplexity: 5 windows of up to {WINDOW} tokens, {5 * (WINDOW - 1)} predicted"
-    assert heading.split() == "offset perplexity nats a token 95 % interval".split()
+    assert heading.split() == ["offset", "perplexity", "nats", "a", "token", "95", "%", "interval"]
     for offset, line in enumerate((zero, one)):
         words = line.split()
         assert int(words[0]) == offset
