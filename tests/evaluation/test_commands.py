@@ -25,7 +25,7 @@ LINES = [
     {"question": f"Ann has {n} cats and {n} dogs?", "answer": f"<<{n}+{n}={2 * n}>>\n#### {2 * n}"}
     for n in range(1, 6)
 ]
-COMMON = ("--quiet", "--concurrency", 2, "--max-model-len", 2048, "--prefill-chunk", 256)
+COMMON = ("--quiet", "--concurrency", 2, "--max-model-len", 2048, "--prefill-chunk", 64)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,8 @@ def test_gsm8k_answers_are_greedy_whatever_the_release_samples_with(
     args = ("gsm8k", "--model", model, *COMMON, "--data", problems, "--num", 1, "-n", 5)
     result(capsys, *args, "--output", kept)
     (answer,) = records(kept)
-    llm = LLM(model, max_num_seqs=1, max_model_len=1024, report=lambda _line: None)
+    sizes = {"max_num_seqs": 1, "max_model_len": 2048, "prefill_chunk": 64}
+    llm = LLM(model, report=lambda _line: None, **sizes)
     ids = llm.chat_prompt([{"role": "user", "content": answer["prompt"]}])
     for token in answer["tokens"]:
         assert int(llm.logits(ids)[-1].argmax()) == token

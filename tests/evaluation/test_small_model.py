@@ -20,7 +20,7 @@ from bailing_jax.tasks.recall import is_held_out_pair
 from bailing_jax.tasks.word_problems import word_problem
 from bailing_jax.text.tokenizer import load_tokenizer
 
-SIZES = ("--concurrency", 4, "--max-model-len", 1024, "--prefill-chunk", 256, "--quiet")
+SIZES = ("--concurrency", 2, "--max-model-len", 1024, "--prefill-chunk", 64, "--quiet")
 SEED, NUM = 3, 6
 FIELDS = {"task", "num", "correct", "accuracy", "ci95", "tokens_per_s", "seed", "concurrency"}
 Capture = pytest.CaptureFixture[str]
@@ -37,7 +37,7 @@ def test_word_problems_are_answered_counted_and_kept(capsys: Capture, kept: Path
     found = result(capsys, *args)
     assert found.keys() >= FIELDS
     assert (found["task"], found["num"], found["seed"]) == ("word-problems", NUM, SEED)
-    assert (found["concurrency"], found["max_model_len"]) == (4, 1024)
+    assert (found["concurrency"], found["max_model_len"]) == (2, 1024)
     assert (found["dtype"], found["state_dtype"]) == ("float32", "float32")
     answers = sorted(records(kept), key=lambda record: record["index"])
     assert [answer["index"] for answer in answers] == list(range(NUM))
