@@ -1,7 +1,7 @@
 """Which decay? Two models trained alike but for the offset: each is named right.
 
 Two layers, so that the two offsets are decays of one and of two slopes; nothing else tells the
-models apart. Three hundred steps suffice for the likelihood to be best where it was trained; a hundred do not.
+models apart. Three hundred steps suffice for the likelihood to be best where it was trained.
 """
 
 from __future__ import annotations
