@@ -15,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bailing_jax import small_model
 from bailing_jax.errors import EXIT_OK, EXIT_USAGE, UserError, run_command
 from bailing_jax.evaluation import options
+from bailing_jax.terminal import tell
 
 Say = Callable[[str], None]
 
@@ -24,15 +26,17 @@ Say = Callable[[str], None]
 def main(argv: list[str] | None = None) -> int:
     """Parse, load, measure; returns the exit code."""
     args = options.parse(argv)
-    return run_command(lambda: _run(args))
+    return run_command(lambda: _run(args), options.names(args))
 
 
 def _run(args: argparse.Namespace) -> int:
-    say: Say = (lambda _line: None) if args.quiet else _say
+    say: Say = (lambda _line: None) if args.quiet else tell
     warnings.showwarning = lambda message, *_args, **_kwargs: say(f"warning: {message}")
     if sys.stdout is None:  # as after `>&-`
         raise UserError("stdout is closed", "Let it lead somewhere.", EXIT_USAGE)
     options.check(args)
+    if args.model is None:
+        small_model.folder()  # if it is missing, that is said at once
     measure = _perplexity if args.task == "perplexity" else _accuracy
     found, text = measure(args, say)
     if args.json:
@@ -47,14 +51,13 @@ def _accuracy(args: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     from bailing_jax.evaluation.problems import task_of
 
     task = task_of(args)
-    model = _model(args)
     with AnswerFile(_path(args.output)) as keep:
         from bailing_jax import compile_cache
 
         cache = compile_cache.enable(args.compile_cache, say)
         from bailing_jax.evaluation import accuracy, accuracy_run
 
-        found = accuracy_run.run(args, model, task, keep, say)
+        found = accuracy_run.run(args, task, keep, say)
         cache.close()
     prompt = {"prompt": args.prompt or "chat"} if args.task == "gsm8k" else {}
     return found | prompt, accuracy.as_text(args.task, found, task.measure)
@@ -62,17 +65,16 @@ def _accuracy(args: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
 
 def _perplexity(args: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     from bailing_jax.evaluation.answer_file import AnswerFile
-    from bailing_jax.evaluation.windows import read_text
+    from bailing_jax.evaluation.texts import read
 
-    texts = {name: read_text(Path(name)) for name in args.data or []}
-    model = _model(args)
+    texts = [read(Path(name)) for name in args.data or []]
     with AnswerFile(_path(args.output)) as keep:
         from bailing_jax import compile_cache
 
         cache = compile_cache.enable(args.compile_cache, say)
         from bailing_jax.evaluation import perplexity
 
-        found = perplexity.run(args, model, texts, keep, say)
+        found = perplexity.run(args, texts, keep, say)
         cache.close()
     return found, perplexity.as_text(found)
 
@@ -91,31 +93,8 @@ def _common(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _model(args: argparse.Namespace) -> str:
-    """The model named, else the small one that ships with the package.
-
-    Raises:
-        UserError: none is named, and this installation came without.
-    """
-    if args.model is not None:
-        return args.model
-    try:
-        from bailing_jax.small_model import folder
-    except ImportError as error:
-        raise UserError(
-            "--model is missing, and no model came with this installation",
-            "Give a checkpoint folder.",
-            EXIT_USAGE,
-        ) from error
-    return str(folder())
-
-
 def _path(name: str | None) -> Path | None:
     return None if name is None else Path(name)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class SamplingParams:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-_NEUTRAL: Mapping[str, object] = {
+NEUTRAL: Mapping[str, float] = {
     "temperature": 0.0,
     "top_k": 0,
     "top_p": 1.0,
@@ -123,14 +123,14 @@ def resolve(
     Raises:
         UserError: a value of the file is out of range; names `where`.
     """
-    named = {name: generation_config.get(name) for name in _NEUTRAL}
-    defaults = {**_NEUTRAL, **{name: v for name, v in named.items() if v is not None}}
+    named = {name: generation_config.get(name) for name in NEUTRAL}
+    defaults = {**NEUTRAL, **{name: v for name, v in named.items() if v is not None}}
     # A file that samples without naming a temperature means 1.
     if generation_config.get("do_sample") and named["temperature"] is None:
         defaults["temperature"] = 1.0
     if generation_config.get("do_sample") is False:
         defaults["temperature"] = 0.0
-    missing = {name: defaults[name] for name in _NEUTRAL if getattr(params, name) is None}
+    missing = {name: defaults[name] for name in NEUTRAL if getattr(params, name) is None}
     try:
         return replace(params, **missing)  # pyright: ignore[reportArgumentType]
     except UserError as error:

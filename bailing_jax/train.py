@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Parse and train; returns the exit code."""
     args = parser().parse_args(argv)
-    return run_command(lambda: _run(args))
+    flags = {name: "--" + name.replace("_", "-") for name in vars(args)}
+    return run_command(lambda: _run(args), flags)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,12 +85,12 @@ def _run(args: argparse.Namespace) -> int:
     options = _options(args)
     for name in ("checkpoint_every", "log_every"):
         if getattr(args, name) < 1:
-            raise bad_value(f"--{name.replace('_', '-')}", getattr(args, name), "1 or more")
+            raise bad_value(name, getattr(args, name), "1 or more")
     if args.minutes < 0:
-        raise bad_value("--minutes", args.minutes, "0 (no limit) or more")
+        raise bad_value("minutes", args.minutes, "0 (no limit) or more")
     workers = max(0, (os.cpu_count() or 1) - 2) if args.workers is None else args.workers
     if not 0 <= workers <= 256:
-        raise bad_value("--workers", workers, "0 to 256")
+        raise bad_value("workers", workers, "0 to 256")
     origin = _origin(args)
     from bailing_jax.training.run import Pace, train
 
@@ -120,7 +121,7 @@ def _share(text: str) -> DataShare:
     try:
         return DataShare(name, float(share))
     except ValueError as error:
-        raise bad_value("--data", text, "NAME or NAME=SHARE with a number") from error
+        raise bad_value("data", text, "NAME or NAME=SHARE with a number") from error
 
 
 def _origin(args: argparse.Namespace) -> Origin:

@@ -62,6 +62,7 @@ CONFIG = {
     "rotary_dim": 32,
     "linear_silu": False,
     "group_norm_size": 3,
+    "decay_layer_offset": 0,
     "q_lora_rank": 128,
     "kv_lora_rank": 64,
     "qk_nope_head_dim": 32,

@@ -172,7 +172,8 @@ class _Chat:
         self._say(f"figures are {'shown' if self._stats else 'not shown'}")
 
     def _reset(self) -> None:
-        self._say(f"{len(self._exchanges)} exchanges forgotten")
+        count = len(self._exchanges)
+        self._say(f"{count} exchange{'s' * (count != 1)} forgotten")
         self._exchanges.clear()
 
     def _undo(self) -> None:

@@ -21,14 +21,11 @@ from bailing_jax.llm import LLM
 Say = Callable[[str], None]
 
 
-def run(
-    args: argparse.Namespace, model: str, task: Task, keep: AnswerFile, say: Say
-) -> dict[str, Any]:
+def run(args: argparse.Namespace, task: Task, keep: AnswerFile, say: Say) -> dict[str, Any]:
     """Answer a task's problems.
 
     Args:
         args: checked arguments.
-        model: folder or name.
         task: of those arguments.
         keep: gets a record for each problem.
         say: prints a line on stderr.
@@ -38,7 +35,7 @@ def run(
     """
     options = flags.engine_options(args)
     llm = LLM(
-        model,
+        args.model,
         **options,
         hf_overrides=flags.json_object("--hf-overrides", args.hf_overrides),
         seed=args.seed,
@@ -48,7 +45,7 @@ def run(
     tokenizer = llm.tokenizer
     if tokenizer is None:
         raise UserError(
-            f"{model}: has no tokenizer.json, so it can't be asked anything",
+            "the model has no tokenizer.json, so it can't be asked anything",
             "Use a complete release folder.",
             EXIT_USAGE,
         )
@@ -62,10 +59,10 @@ def run(
     start = time.perf_counter()
     llm.warm_up_all(say)
     say(f"compiled in {time.perf_counter() - start:.1f} s")
-    answered = answerer.run(
-        problems, requests, lambda answer: keep.write(answer.record(task.measure)), say
-    )
-    keep.sync()
+    with keep.whole_run(f"{len(problems)} problems", say):
+        answered = answerer.run(
+            problems, requests, lambda answer: keep.write(answer.record(task.measure)), say
+        )
     return {
         **accuracy.summary(answered, task.measure),
         "max_tokens": max_tokens,

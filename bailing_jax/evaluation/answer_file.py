@@ -1,19 +1,23 @@
 """--output: a JSON line for each problem, written as soon as it is answered.
 
 The file must be new. A line is one write, so what a killed run leaves is whole lines but for the
-last; a run that wrote nothing leaves no file. No jax.
+last; a run that wrote nothing leaves no file. One that is interrupted says what it leaves. No jax.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
 from bailing_jax.cli.job import check_paths
-from bailing_jax.errors import EXIT_FAILURE, EXIT_USAGE, UserError
+from bailing_jax.errors import EXIT_FAILURE, EXIT_USAGE, Interrupted, UserError
+from bailing_jax.terminal import is_terminal, json_line
+
+Say = Callable[[str], None]
 
 
 class AnswerFile:
@@ -25,7 +29,7 @@ class AnswerFile:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._is_empty = True
+        self._written = 0
         self._fd = -1
         if path is None:
             return
@@ -48,7 +52,7 @@ class AnswerFile:
         if self._path is None:
             return
         with contextlib.suppress(OSError):
-            if self._is_empty:
+            if os.fstat(self._fd).st_size == 0:
                 os.unlink(self._path)
         os.close(self._fd)
 
@@ -58,22 +62,39 @@ class AnswerFile:
         Raises:
             UserError: the disk is full, ...
         """
+        self._written += 1
         if self._path is None:
             return
-        rest = memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        rest = memoryview(json_line(record).encode() + b"\n")
         try:
             while rest:  # once, but for a disk that fills up
                 rest = rest[os.write(self._fd, rest) :]
-                self._is_empty = False
         except OSError as error:
             raise _cannot_write(self._path, error, EXIT_FAILURE) from error
 
-    def sync(self) -> None:
-        """Wait until everything written is on disk.
+    @contextlib.contextmanager
+    def whole_run(self, all_of_them: str, say: Say) -> Iterator[None]:
+        """Around a run: afterwards its lines are on disk, also where Ctrl-C ended it early.
+
+        Args:
+            all_of_them: how many lines of what a whole run has.
+            say: called with what an interrupted run leaves.
 
         Raises:
-            UserError: it can't be.
+            UserError: the lines can't be written.
+            KeyboardInterrupt: after saying so.
         """
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._sync()
+            # A terminal has just shown ^C, and stays on its line.
+            line = "\n" * is_terminal(sys.stderr) + f"{self._written} of {all_of_them} are done"
+            say(line + f", and in {self._path}" * (self._path is not None))
+            raise Interrupted from None
+        self._sync()
+
+    def _sync(self) -> None:
         if self._path is None:
             return
         try:
@@ -83,4 +104,5 @@ class AnswerFile:
 
 
 def _cannot_write(path: Path, error: OSError, code: int) -> UserError:
-    return UserError(f"--output {path}: cannot be written: {error.strerror or error}", "", code)
+    what = f"--output {path}: cannot be written: {error.strerror or error}"
+    return UserError(what, "Make room, or give another file.", code)

@@ -16,7 +16,7 @@ from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.evaluation.problems import Problem, Task
 from bailing_jax.llm import LLM
 from bailing_jax.request import Request
-from bailing_jax.sampling_params import SamplingParams
+from bailing_jax.sampling_params import NEUTRAL, SamplingParams
 from bailing_jax.text.thinking import split
 
 PROGRESS_S = 5.0
@@ -82,18 +82,21 @@ class Answerer:
     def __init__(
         self, llm: LLM, task: Task, max_tokens: int, template_args: Mapping[str, Any]
     ) -> None:
+        if task.is_chat and llm.chat_template is None:
+            other = "give --prompt 8shot" if task.name == "gsm8k" else "name another model"
+            raise UserError(
+                f"{task.name}: the model has no chat template to ask with",
+                f"Use a complete release folder, or {other}.",
+                EXIT_USAGE,
+            )
         self._llm = llm
         self._task = task
         self._prompts = PromptMaker(llm, raw=False, system=None, template_args=template_args)
         # None of it from generation_config.json: a release samples, an evaluation does not.
         self.params = SamplingParams(
             max_tokens=max_tokens,
-            temperature=0.0,
-            top_k=0,
-            top_p=1.0,
-            min_p=0.0,
-            repetition_penalty=1.0,
             stop=task.stop,
+            **NEUTRAL,  # pyright: ignore[reportArgumentType]
         )
 
     def prepare(self, problems: Sequence[Problem]) -> list[Request]:

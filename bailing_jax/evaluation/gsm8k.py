@@ -25,6 +25,7 @@ _INSTRUCTION = (
     "Solve this step by step. Write the final answer, a number alone, on a last line of the form "
     "#### 42\n\n"
 )
+_WANTED = 'A line is an object with a "question" and an "answer" that ends in #### and a number.'
 # The file's notes for a calculator: "3+4=<<3+4=7>>7".
 _NOTE = re.compile(r"<<[^<>\n]*>>")
 
@@ -58,11 +59,7 @@ def read(path: Path, most: int | None = None) -> list[Example]:
         ) from error
     mistakes.check()
     if not found:
-        raise UserError(
-            f"{path}: holds no problem",
-            'One object with "question" and "answer" a line is wanted.',
-            EXIT_USAGE,
-        )
+        raise UserError(f"{path}: holds no problem", _WANTED, EXIT_USAGE)
     return found
 
 
@@ -97,14 +94,14 @@ def shot_prompt(question: str, shots: Sequence[Example]) -> str:
 
 def _example(values: Any) -> Example:
     if not isinstance(values, dict):
-        raise UserError(f"{values!r:.60} is no JSON object")
+        raise UserError(f"{values!r:.60} is no JSON object", _WANTED)
     for field in ("question", "answer"):
         if field not in values:
-            raise UserError(f"{field} is missing")
+            raise UserError(f"{field} is missing", _WANTED)
         value = values[field]
         if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{field} = {value!r:.60}; allowed: a text")
+            raise UserError(f"{field} = {value!r:.60}; allowed: a text", _WANTED)
     result = marked_number(values["answer"])
     if result is None:
-        raise UserError(f"answer: no number behind ####: {values['answer'][-40:]!r}")
+        raise UserError(f"answer: no number behind ####: {values['answer'][-40:]!r}", _WANTED)
     return Example(values["question"], values["answer"], result)

@@ -1,14 +1,14 @@
-"""Negative log likelihoods of windows under one model, for one decay layer offset or both.
+"""Negative log likelihoods of windows under one model, for one decay layer offset or several.
 
 The weights are loaded once: the offset is no weight but a number the programs are traced with, so
-both offsets share the arrays. No engine is started, only what scores a sequence.
+all offsets share the arrays. No engine is started, only what scores a sequence.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +24,7 @@ from bailing_jax.loading import LoadedModel
 PROGRESS_S = 5.0
 
 Say = Callable[[str], None]
+Keep = Callable[[int, Mapping[int, float]], None]
 
 
 def check_offsets(loaded: LoadedModel) -> None:
@@ -42,7 +43,7 @@ def check_offsets(loaded: LoadedModel) -> None:
 
 
 def scorer(loaded: LoadedModel, offset: int) -> Scorer:
-    """What scores sequences with this decay layer offset; shares the loaded weights."""
+    """What scores sequences with this decay layer offset, any integer; shares the weights."""
     config = replace(loaded.config, decay_layer_offset=offset)
     model = nnx.merge(*nnx.split(loaded.model))
     model.config = config
@@ -50,28 +51,38 @@ def scorer(loaded: LoadedModel, offset: int) -> Scorer:
     return Scorer(Programs(model), config, loaded.state_spec, chunk)
 
 
-def nll(scorer: Scorer, windows: Sequence[Window], say: Say) -> list[float]:
-    """The sum of negative log likelihoods over the scored tokens of each window, in nats.
+def nll(
+    scorers: Mapping[int, Scorer], windows: Sequence[Window], keep: Keep, say: Say
+) -> dict[int, list[float]]:
+    """The sum of negative log likelihoods over the tokens of each window, in nats, by offset.
 
     Args:
-        scorer: from `scorer`.
-        windows: of at least two tokens each.
+        scorers: by offset, from `scorer`.
+        windows: what is scored, each under all offsets before the next.
+        keep: called with each window's number and sums as it is done.
         say: called with a line of progress now and then.
 
     Raises:
         UserError: a likelihood is no finite number, as of a model whose numbers overflow.
     """
-    sums = []
+    found: dict[int, list[float]] = {offset: [] for offset in scorers}
     said = time.monotonic()
-    for window in windows:
-        logprobs = scorer.token_logprobs(window.ids)
-        sums.append(-float(np.sum(logprobs[window.first - 1 :], dtype=np.float64)))
-        if not math.isfinite(sums[-1]):
-            raise UserError(
-                f"window {len(sums) - 1} of {window.source}: its likelihood is {sums[-1]}",
-                "The model's numbers overflow: try --dtype float32, and check its weights.",
-            )
+    for number, window in enumerate(windows):
+        sums = {offset: _sum(scorer, window, number) for offset, scorer in scorers.items()}
+        for offset, value in sums.items():
+            found[offset].append(value)
+        keep(number, sums)
         if time.monotonic() - said >= PROGRESS_S:
             said = time.monotonic()
-            say(f"{len(sums)}/{len(windows)} windows")
-    return sums
+            say(f"{number + 1}/{len(windows)} windows")
+    return found
+
+
+def _sum(scorer: Scorer, window: Window, number: int) -> float:
+    value = -float(np.sum(scorer.token_logprobs(window.ids), dtype=np.float64))
+    if not math.isfinite(value):
+        raise UserError(
+            f"window {number} of {window.source}: its likelihood is {value}",
+            "The model's numbers overflow: try --dtype float32, and check its weights.",
+        )
+    return value

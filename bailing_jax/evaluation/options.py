@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     problems = p.add_argument_group("problems")
     problems.add_argument(
         "--data", action="append", metavar="FILE",
-        help="gsm8k: its JSON lines; perplexity: text (repeatable)",
+        help="gsm8k: its JSON lines; perplexity: text or JSON lines (repeatable)",
     )  # fmt: skip
     problems.add_argument("--num", type=int, metavar="N", help="most problems, or windows")
     problems.add_argument(
@@ -66,8 +66,9 @@ def parser() -> argparse.ArgumentParser:
     problems.add_argument("--chat-template-args", metavar="JSON", help="variables of the template")
     likelihood = p.add_argument_group("perplexity")
     likelihood.add_argument(
-        "--window", type=int, metavar="N", help="tokens (default: --max-model-len, at most 2048)"
-    )
+        "--window", type=int, metavar="N",
+        help="most tokens (default: --max-model-len, at most 2048)",
+    )  # fmt: skip
     likelihood.add_argument(
         "--decay-layer-offset", metavar="0,1", help="compare: which was the model trained with?"
     )
@@ -112,15 +113,24 @@ def check(args: argparse.Namespace) -> None:
                       ("window", 2)):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < low:
-            raise bad_value(_flag(name), value, f"an integer >= {low}")
+            raise bad_value(name, value, f"an integer >= {low}")
     if not 0 <= args.seed <= MAX_SEED:
-        raise bad_value("--seed", args.seed, f"an integer from 0 to {MAX_SEED}")
+        raise bad_value("seed", args.seed, f"an integer from 0 to {MAX_SEED}")
     if args.prompt is not None and args.prompt not in PROMPTS:
-        raise bad_value("--prompt", args.prompt, ", ".join(PROMPTS))
+        raise bad_value("prompt", args.prompt, ", ".join(PROMPTS))
     flags.json_object("--chat-template-args", args.chat_template_args)
     overrides = flags.json_object("--hf-overrides", args.hf_overrides)
     offsets(args.decay_layer_offset)
     _check_combinations(args, overrides)
+
+
+def names(args: argparse.Namespace) -> dict[str, str]:
+    """What messages call each option: its flag."""
+    named = {name: _flag(name) for name in vars(args)}
+    named["max_num_seqs"] = "--concurrency"
+    if args.task == "perplexity":  # scores one window at a time
+        del named["max_num_seqs"]
+    return named
 
 
 def offsets(text: str | None) -> tuple[int, ...] | None:
@@ -133,7 +143,7 @@ def offsets(text: str | None) -> tuple[int, ...] | None:
         return None
     words = sorted(word.strip() for word in text.split(","))
     if words not in (["0"], ["1"], ["0", "1"]):
-        raise bad_value("--decay-layer-offset", text, "0, 1 or 0,1")
+        raise bad_value("decay_layer_offset", text, "0, 1 or 0,1")
     return tuple(map(int, words))
 
 
@@ -148,8 +158,6 @@ def _check_combinations(args: argparse.Namespace, overrides: Mapping[str, object
         (args.chat_template_args is not None and args.prompt == "8shot",
          "--chat-template-args goes through the chat template, which --prompt 8shot leaves out",
          "Leave out one of them."),
-        (args.window is not None and not files, "--window is of --data",
-         "Without a text every window is one worked problem."),
         (args.decay_layer_offset is not None and "decay_layer_offset" in overrides,
          "--decay-layer-offset and --hf-overrides both name decay_layer_offset",
          "Leave it out of --hf-overrides."),

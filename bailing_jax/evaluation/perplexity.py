@@ -11,30 +11,31 @@ from typing import Any
 from bailing_jax.cli import flags
 from bailing_jax.engine_options import EngineOptions
 from bailing_jax.errors import EXIT_USAGE, UserError, bad_value
-from bailing_jax.evaluation import decay, likelihood, windows
+from bailing_jax.evaluation import decay, likelihood
 from bailing_jax.evaluation.answer_file import AnswerFile
 from bailing_jax.evaluation.intervals import mean_a_token
 from bailing_jax.evaluation.options import offsets
-from bailing_jax.evaluation.windows import Window
+from bailing_jax.evaluation.texts import Texts
+from bailing_jax.evaluation.windows import Window, windows_of, worked_problems
 from bailing_jax.loading import LoadedModel, find_folder, load
 from convert.source import read_json
 
 MAX_WINDOW = 2048
+# Worked problems: for a figure, and to tell two offsets apart, whose difference is small.
+DEFAULT_PROBLEMS = 64
+DEFAULT_COMPARED = 512
 KEY = "decay_layer_offset"
 
 Say = Callable[[str], None]
 Found = dict[str, Any]
 
 
-def run(
-    args: argparse.Namespace, model: str, texts: Mapping[str, str], keep: AnswerFile, say: Say
-) -> Found:
+def run(args: argparse.Namespace, texts: Sequence[Texts], keep: AnswerFile, say: Say) -> Found:
     """Measure; returns the fields of the JSON line.
 
     Args:
         args: checked arguments.
-        model: folder or name.
-        texts: by file name; none: worked problems.
+        texts: the files; none: worked problems.
         keep: gets a record for each window.
         say: prints a line on stderr.
 
@@ -43,61 +44,73 @@ def run(
     """
     options = EngineOptions(**flags.engine_options(args))
     overrides = flags.json_object("--hf-overrides", args.hf_overrides)
-    loaded = load(model, options, overrides, args.seed, say, download=args.download)
+    loaded = load(args.model, options, overrides, args.seed, say, download=args.download)
     wanted = offsets(args.decay_layer_offset)
     if wanted is not None:
         likelihood.check_offsets(loaded)
     made = _windows(args, loaded, texts)
     tokens = [window.num_scored for window in made]
     say(f"{len(made)} windows, {sum(tokens)} tokens to predict")
+    in_force = loaded.config.decay_layer_offset
     start = time.perf_counter()
-    nll = {}
-    for offset in (loaded.config.decay_layer_offset,) if wanted is None else wanted:
-        say(f"decay layer offset {offset}" if wanted else "scoring")
-        nll[offset] = likelihood.nll(likelihood.scorer(loaded, offset), made, say)
+    with keep.whole_run(f"{len(made)} windows", say):
+        scorers = {o: likelihood.scorer(loaded, o) for o in wanted or (in_force,)}
+        nll = likelihood.nll(
+            scorers, made, lambda i, sums: keep.write(_record(i, made[i], sums)), say
+        )
+        figures = {str(offset): _figures(sums, tokens) for offset, sums in nll.items()}
+        if len(nll) == 2 and (beyond := decay.control_offset(nll, tokens)) is not None:
+            say(f"scoring offset {beyond} too, as a control")
+            control = {beyond: likelihood.scorer(loaded, beyond)}
+            nll |= likelihood.nll(control, made, lambda _i, _sums: None, say)
     seconds = time.perf_counter() - start
-    for index, window in enumerate(made):
-        keep.write(_record(index, window, {offset: sums[index] for offset, sums in nll.items()}))
-    keep.sync()
+    main = figures.get(str(in_force)) or next(iter(figures.values()))
     found: Found = {
         "num": len(made),
+        "correct": None,
+        "accuracy": None,
+        "ci95": main["ci95"],
+        **{name: main[name] for name in ("perplexity", "nll")},
         "tokens": sum(tokens),
         "window": max(len(window.ids) for window in made),
-        "data": list(texts) or None,
+        "data": [text.name for text in texts] or None,
         "seconds": round(seconds, 3),
         "tokens_per_s": round(sum(tokens) * len(nll) / seconds, 2),
-        "offsets": {str(offset): _figures(sums, tokens) for offset, sums in nll.items()},
+        "offsets": figures,
+        "dtype": loaded.runtime.dtype,
+        "max_model_len": loaded.limits.max_model_len,
     }
     if wanted is not None:
-        stated = _stated(model, loaded)
+        stated = _stated(args.model, loaded)
         found["config_offset"] = stated
         if len(wanted) == 2:
             verdict = decay.judge(nll, tokens)
             found |= decay.as_json(verdict)
             found["warning"] = decay.disagreement(verdict, stated)
-    return found | {"dtype": loaded.runtime.dtype, "max_model_len": loaded.limits.max_model_len}
+    return found
 
 
 def as_text(found: Mapping[str, Any]) -> str:
     """The figures to be read."""
     lines = [
         f"perplexity: {found['num']} windows of up to {found['window']} tokens, "
-        f"{found['tokens']} tokens predicted"
+        f"{found['tokens']} predicted"
     ]
     lines.append(f"{'offset':<8}{'perplexity':>12}{'nats a token':>14}  95 % interval")
     for offset, figures in found["offsets"].items():
         lines.append(
             f"{offset:<8}{figures['perplexity']:>12.4f}{figures['nll']:>14.5f}  "
-            + _shown(figures["nll_ci95"])
+            + _shown(figures["ci95"])
         )
     if "config_offset" in found:
         stated = found["config_offset"]
         lines.append(f"config.json states offset {'none' if stated is None else stated}")
     if "verdict" in found:
-        lines.append(
-            f"offset 1 minus offset 0: {found['difference']:+.6f} nats a token, 95 % interval "
-            + _shown(found["difference_ci95"], "+.6f")
-        )
+        lines.append(_difference("1 minus offset 0", found))
+        if found["control"]:
+            leader = 0 if found["difference"] > 0 else 1
+            beyond = found["control"]["offset"]
+            lines.append(_difference(f"{beyond} minus offset {leader}", found["control"]))
         lines.append(found["verdict"])
         if found["warning"]:
             lines.append(f"warning: {found['warning']}")
@@ -105,9 +118,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _windows(
-    args: argparse.Namespace, loaded: LoadedModel, texts: Mapping[str, str]
-) -> list[Window]:
+def _windows(args: argparse.Namespace, loaded: LoadedModel, texts: Sequence[Texts]) -> list[Window]:
     tokenizer, template = loaded.tokenizer, loaded.chat_template
     if tokenizer is None:
         raise UserError(
@@ -116,30 +127,18 @@ def _windows(
             EXIT_USAGE,
         )
     limit = loaded.limits.max_model_len
-    if texts:
-        length = min(MAX_WINDOW, limit) if args.window is None else args.window
-        if length > limit:
-            raise bad_value("--window", length, f"2 to {limit} (--max-model-len)")
-        made: list[Window] = []
-        for name, text in texts.items():
-            made += windows.cut(name, tokenizer.encode(text), length)
-        return made[: args.num]
-    if template is None:
-        raise UserError(
-            f"{loaded.name}: has no chat template for worked problems",
-            "Give a text: --data FILE.",
-            EXIT_USAGE,
-        )
-    num = windows.DEFAULT_PROBLEMS if args.num is None else args.num
-    made = windows.worked_problems(args.seed, num, windows.renderer(tokenizer, template))
-    longest = max(len(window.ids) for window in made)
-    if longest > limit:
-        raise UserError(
-            f"a worked problem has {longest} tokens; max_model_len is {limit}",
-            "Raise --max-model-len, or give a text: --data FILE.",
-            EXIT_USAGE,
-        )
-    return made
+    length = min(MAX_WINDOW, limit) if args.window is None else args.window
+    if length > limit:
+        allowed = f"2 to {limit} (max_model_len)"
+        raise bad_value("window", length, allowed, options=("max_model_len",))
+    if not texts:
+        compares = offsets(args.decay_layer_offset) == (0, 1)
+        num = DEFAULT_COMPARED if compares else DEFAULT_PROBLEMS
+        texts = [worked_problems(args.seed, num if args.num is None else args.num)]
+    made: list[Window] = []
+    for text in texts:
+        made += windows_of(text, tokenizer, template, length)
+    return made[: args.num]
 
 
 def _figures(sums: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
@@ -147,7 +146,7 @@ def _figures(sums: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
     return {
         "perplexity": math.exp(mean.mean),
         "nll": mean.mean,
-        "nll_ci95": decay.interval(mean),
+        "ci95": decay.interval(mean),
     }
 
 
@@ -156,18 +155,23 @@ def _record(index: int, window: Window, nll: Mapping[int, float]) -> dict[str, A
         "index": index,
         "source": window.source,
         "tokens": list(window.ids),
-        "first": window.first,
         "nll": {str(offset): value for offset, value in nll.items()},
     }
 
 
-def _stated(model: str, loaded: LoadedModel) -> int | None:
+def _stated(model: str | None, loaded: LoadedModel) -> int | None:
     """What the checkpoint's config.json says about the offset; None: nothing."""
     folder = find_folder(model, download=False)
     if not folder.exists():  # a preset's
         return None
     says = KEY in read_json(folder / "config.json", "config")
     return loaded.config.decay_layer_offset if says else None
+
+
+def _difference(which: str, found: Mapping[str, Any]) -> str:
+    return f"offset {which}: {found['difference']:+.6f} nats a token, 95 % interval " + _shown(
+        found["difference_ci95"], "+.6f"
+    )
 
 
 def _shown(interval: Sequence[float] | None, form: str = ".5f") -> str:

@@ -107,7 +107,7 @@ def _recall(seed: int, num: int, distance: int | None) -> Callable[[CountTokens]
     from bailing_jax.tasks.recall import MAX_DISTANCE, MIN_DISTANCE, recall_problem
 
     if distance is not None and not MIN_DISTANCE <= distance <= MAX_DISTANCE:
-        raise bad_value("--distance", distance, f"{MIN_DISTANCE} to {MAX_DISTANCE}")
+        raise bad_value("distance", distance, f"{MIN_DISTANCE} to {MAX_DISTANCE}")
 
     def problem(index: int, count_tokens: CountTokens) -> Problem:
         made = recall_problem(seed, index, SPLIT, count_tokens, distance)

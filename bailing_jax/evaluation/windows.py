@@ -1,26 +1,22 @@
-"""The token sequences whose likelihood is measured, and which of their tokens count.
+"""The token sequences whose likelihood is measured; every token but a window's first counts.
 
-A text is cut into windows of equal length that share one token, so that every token but the first
-counts once; what is left at its end is dropped, unless it is all there is. Without a text a window
-is one worked problem of the held-out split, and its answer's tokens count. No jax.
+A document is cut into windows of equal length that share one token, so that every token but the
+first counts once; what is left at its end is dropped, unless it is all there is. Without a file a
+document is one worked problem of the held-out split as the chat template writes it. No jax.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.evaluation.problems import SPLIT
+from bailing_jax.evaluation.texts import Texts
+from bailing_jax.text.chat import ChatTemplate
+from bailing_jax.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from bailing_jax.text.chat import ChatTemplate
-    from bailing_jax.text.tokenizer import Tokenizer
-
-DEFAULT_PROBLEMS = 64
-MAX_TEXT_BYTES = 1_000_000_000
+PROBLEMS = "word-problems"
 
 
 @dataclass(frozen=True)
@@ -29,94 +25,73 @@ class Window:
 
     Attributes:
         source: the file, or what made it.
-        ids: its tokens.
-        first: the first position that counts, at least 1.
+        ids: its tokens, at least two.
     """
 
     source: str
     ids: tuple[int, ...]
-    first: int = 1
 
     @property
     def num_scored(self) -> int:
         """The tokens that count."""
-        return len(self.ids) - self.first
+        return len(self.ids) - 1
 
 
-def read_text(path: Path) -> str:
-    """A text file.
-
-    Raises:
-        UserError: it can't be read, is empty, too long or not UTF-8.
-    """
-    try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            raise UserError(
-                f"--data {path}: longer than {MAX_TEXT_BYTES} bytes", "Cut it.", EXIT_USAGE
-            )
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--data {path}: cannot be read: {error.strerror}", "Check the path.", EXIT_USAGE
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--data {path}: not UTF-8 (byte {error.start})", "Save it as UTF-8.", EXIT_USAGE
-        ) from error
-    if not text.strip():
-        raise UserError(f"--data {path}: empty", "Give a text.", EXIT_USAGE)
-    return text
-
-
-def cut(source: str, ids: Sequence[int], length: int) -> list[Window]:
-    """The windows of a tokenized text.
-
-    Args:
-        source: what messages call it.
-        ids: its tokens.
-        length: tokens of a window, at least 2.
-
-    Raises:
-        UserError: there are less than two tokens.
-    """
-    if len(ids) < 2:
-        raise UserError(
-            f"{source}: {len(ids)} token; a token can be predicted from the second on",
-            "Give a longer text.",
-            EXIT_USAGE,
-        )
-    length = min(length, len(ids))
-    starts = range(0, len(ids) - length + 1, length - 1)
-    return [Window(source, tuple(ids[start : start + length])) for start in starts]
-
-
-def worked_problems(
-    seed: int, num: int, render: Callable[[str, str], tuple[list[int], list[int]]]
-) -> list[Window]:
+def worked_problems(seed: int, num: int) -> Texts:
     """Held-out word problems with their answers.
 
     Args:
         seed: of the generator.
         num: how many.
-        render: token ids of a question as a prompt, and of the answer to it.
     """
     from bailing_jax.tasks.word_problems import word_problem
 
-    windows = []
-    for index in range(num):
-        problem = word_problem(seed, index, SPLIT)
-        prompt, answer = render(problem.question, problem.answer)
-        windows.append(Window("word-problems", (*prompt, *answer), len(prompt)))
+    problems = (word_problem(seed, index, SPLIT) for index in range(num))
+    return Texts(PROBLEMS, [(problem.question, problem.answer) for problem in problems])
+
+
+def windows_of(
+    texts: Texts, tokenizer: Tokenizer, template: ChatTemplate | None, length: int
+) -> list[Window]:
+    """The windows of all documents.
+
+    Args:
+        texts: the documents.
+        tokenizer: the model's.
+        template: the model's; pairs of prompt and answer need one.
+        length: most tokens of a window, at least 2.
+
+    Raises:
+        UserError: there is no template, or no document has two tokens.
+    """
+    windows: list[Window] = []
+    for document in texts.documents:
+        if isinstance(document, str):
+            ids = tokenizer.encode(document)
+        elif template is None:
+            raise UserError(
+                f"{texts.name}: the model has no chat template to write prompt and answer with",
+                "Give a plain text: --data FILE.",
+                EXIT_USAGE,
+            )
+        else:
+            prompt, answer = document
+            asked = template.encode(tokenizer, [{"role": "user", "content": prompt}])
+            ids = [*asked, *tokenizer.encode(answer)]
+        windows += _cut(texts.name, ids, length)
+    if not windows:
+        raise UserError(
+            f"{texts.name}: a single token; a token can be predicted from the second on",
+            "Give a longer text.",
+            EXIT_USAGE,
+        )
     return windows
 
 
-def renderer(
-    tokenizer: Tokenizer, template: ChatTemplate
-) -> Callable[[str, str], tuple[list[int], list[int]]]:
-    """`render` of `worked_problems`: the chat template's prompt, and the plain answer."""
-
-    def render(question: str, answer: str) -> tuple[list[int], list[int]]:
-        prompt = template.encode(tokenizer, [{"role": "user", "content": question}])
-        return prompt, tokenizer.encode(answer)
-
-    return render
+def _cut(source: str, ids: Sequence[int], length: int) -> list[Window]:
+    """Windows of `length` tokens, or a single shorter one; none of less than two tokens."""
+    if len(ids) < 2:
+        return []
+    length = min(length, len(ids))
+    starts = range(0, len(ids) - length + 1, length - 1)
+    return [Window(source, tuple(ids[start : start + length])) for start in starts]

@@ -213,7 +213,7 @@ def _refuse_nonfinite(entry: Mapping[str, Any]) -> None:
     if not np.isfinite(entry["loss"]) or not np.isfinite(entry["grad_norm"]):
         raise UserError(
             f"step {entry['step']}: loss {entry['loss']}, gradient norm {entry['grad_norm']}",
-            "Lower --lr or raise --warmup; the last checkpoint is from before.",
+            "Lower --learning-rate or raise --warmup-steps; the last checkpoint is from before.",
         )
 
 

@@ -171,7 +171,7 @@ class JsonLines:
         self, path: Path, chat: Chat | None, tokenizer: Tokenizer, window: int, seed: int
     ) -> None:
         self._chat, self._tokenizer, self._window, self._seed = chat, tokenizer, window, seed
-        self._lines = _read_lines(path, chat is not None)
+        self._lines = read_lines(path, chat is not None)
         self._encode = functools.lru_cache(maxsize=4096)(tokenizer.encode)
 
     def sample(self, index: int) -> Sample:
@@ -191,7 +191,7 @@ def _sample(tokens: Sequence[int], weights: Sequence[float]) -> Sample:
     return Sample(np.asarray(tokens, np.int32), np.asarray(weights, np.float32))
 
 
-def _read_lines(path: Path, has_chat: bool) -> list[str | tuple[str, str]]:
+def read_lines(path: Path, has_chat: bool) -> list[str | tuple[str, str]]:
     """The records of a file.
 
     Raises:

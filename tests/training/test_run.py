@@ -13,8 +13,9 @@ from training_cases import tiny_options, tiny_origin, write_data
 
 from bailing_jax import LLM, SamplingParams
 from bailing_jax.config import ModelConfig
-from bailing_jax.errors import UserError
+from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.params import describe
+from bailing_jax.train import main
 from bailing_jax.training import log
 from bailing_jax.training.export import checkpoint_tensors
 from bailing_jax.training.run import Pace, train
@@ -182,3 +183,21 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, data):
     with pytest.raises(UserError, match=r"step 1: loss nan.*"):
         run(origin, tiny_options(data), tmp_path / "run")
     assert not (tmp_path / "run/model").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--beta2", "2"), "error: --beta2 = 2.0; allowed: a number >= 0 and < 1"),
+        (("--learning-rate", "nan"), "error: --learning-rate = nan; allowed: "),
+        (("--data", "x=y"), "error: --data = 'x=y'; allowed: NAME or NAME=SHARE"),
+        (("--log-every", "0"), "error: --log-every = 0; allowed: 1 or more"),
+    ],
+)
+def test_mistakes_name_flags(
+    args: tuple[str, ...], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ("--model", str(tmp_path), "--output", str(tmp_path / "run"), "--data", "recall")
+    assert main([*run, "--steps", "3", *args]) == EXIT_USAGE
+    assert capsys.readouterr().err.startswith(says)
+    assert not (tmp_path / "run").exists()
