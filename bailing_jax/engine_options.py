@@ -17,8 +17,6 @@ DTYPES = ("float32", "bfloat16")
 DEFAULT_NUM_SEQS = 8
 DEFAULT_MODEL_LEN = 4096
 DEFAULT_PREFILL_CHUNK = 512
-# Whether the scheduler keeps to the two calls of fixed size that exact mode needs.
-EXACT_SCHEDULING = True
 _OPERATORS = (
     "lightning_prefill",
     "lightning_decode",
@@ -88,16 +86,6 @@ class EngineOptions:
             # one grid from token 0 whatever the cuts.
             allowed = f"a multiple of {CHUNK_SIZE} or a divisor of it{with_exact}"
             raise bad_value("prefill_chunk", self.prefill_chunk, allowed)
-
-    def check_scheduling(self) -> None:
-        """Refuse what the scheduler can't do.
-
-        Raises:
-            UserError: exact mode is asked for.
-        """
-        if self.batch_invariant and not EXACT_SCHEDULING:
-            allowed = "False (exact mode is not supported yet)"
-            raise bad_value("batch_invariant", self.batch_invariant, allowed)
 
     def runtime(self, config: ModelConfig, platform: str) -> RuntimeOptions:
         """What the layers need to know."""

@@ -53,7 +53,8 @@ class LLM:
         memory_fraction: the share of the device's memory that may be used.
         mesh: None; sharding is not supported yet.
         kernels: "auto", or the name of one implementation for all operators.
-        batch_invariant: False; exact mode is not supported yet.
+        batch_invariant: exact mode: a request's tokens, log probabilities and state are, bit for
+            bit, those of the request alone; slower (docs/numerics.md).
         hf_overrides: config.json keys (and decay_layer_offset) that replace the file's.
         seed: of a preset's random weights.
         report: called with each line about what was loaded; default: printed on stderr.
@@ -94,7 +95,6 @@ class LLM:
             kernels=kernels,
             batch_invariant=batch_invariant,
         )
-        options.check_scheduling()
         loaded = load(model, options, hf_overrides or {}, seed, report, download=download)
         require_exact(loaded)
         self.config = loaded.config

@@ -19,6 +19,8 @@ TOLERANCES = {
     "law_logits": 2e-4,
     # Relative to the state's largest entry.
     "law_state": 2e-5,
+    # The same, of pages too, and after whatever schedule.
+    "schedule_state": 5e-5,
     # Relative rms error of a bfloat16 recurrent state after 112 decode steps: each step rounds to
     # 8 bits (2^-8 at most, so about 2e-3 rms of what is kept), and slow heads keep every rounding.
     "bfloat16_state_drift": 2e-2,

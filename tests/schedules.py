@@ -1,0 +1,409 @@
+"""Random schedules of an engine with a tiny model, each request compared with itself alone.
+
+A schedule is a list of operations that anything may follow on anything: requests come, go, give
+way and end in the middle of steps with any budget, cuts and order. Requests come from a fixed pool
+whose runs alone are made once. After every step the state of every running request, and at its end
+its tokens and log probabilities, are those it had alone: bit for bit in exact mode, within the
+bounds of `tolerances` otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from random_checkpoints import V2
+from tiny_models import LATENT, LINEAR, tiny_llm
+from tolerances import TOLERANCES
+
+from bailing_jax.engine.engine import Engine
+from bailing_jax.engine.limits import EngineLimits
+from bailing_jax.engine.scheduler import Sequence, StepPlan
+from bailing_jax.layer_plan import layer_plan
+from bailing_jax.sampling_params import SamplingParams, resolve
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "v2": {**LINEAR, "architectures": [V2], "model_type": "bailing_moe"},
+    "linear_v2": LINEAR,
+    "v2_5": LATENT,
+}
+KINDS = (
+    "submit", "step", "budget", "cut", "permute", "preempt", "cancel", "finish", "dummy", "empty",
+)  # fmt: skip
+# Around every grid there is: one token, the exact prefill chunk, the buckets, a page.
+LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70)
+MAX_STEPS_LEFT = 2_000
+
+Op = tuple[str, int, int]
+
+
+class Wrong(AssertionError):
+    """A request was not what it is alone, or the engine lost something."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A request of the pool."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+
+
+@dataclass
+class Trace:
+    """What came of a request: tokens, their log probabilities, its state by tokens computed."""
+
+    tokens: list[int] = field(default_factory=list)
+    entries: list[dict[int, float] | None] = field(default_factory=list)
+    states: dict[int, list[np.ndarray]] = field(default_factory=dict)
+
+
+@dataclass
+class _Live:
+    """A request under way, and how many tokens it may still have."""
+
+    index: int
+    number: int
+    trace: Trace
+    room: int | None = None
+
+
+def make_pool(rng: random.Random, size: int) -> list[Wanted]:
+    """Prompts of every awkward length, greedy and sampled, with and without log probabilities."""
+    pool = []
+    for index in range(size):
+        length = LENGTHS[index % len(LENGTHS)]
+        fields: dict[str, Any] = {"max_tokens": rng.choice((1, 2, 5, 12, 26)), "ignore_eos": True}
+        fields["temperature"] = (0.0, 0.0, 1.0)[index % 3]
+        if index % 4 == 1:
+            fields["logprobs"] = 2
+        if index % 8 == 5:
+            fields["repetition_penalty"] = 1.2
+        prompt = tuple(rng.randrange(300) for _ in range(length))
+        params = resolve(SamplingParams(**fields), {}, "")
+        pool.append(Wanted(prompt, params, rng.getrandbits(40)))
+    return pool
+
+
+def make_schedule(rng: random.Random, pool: int, length: int) -> list[Op]:
+    """Operations with two numbers each; what they mean depends on what is under way."""
+    weights = {"submit": 5, "step": 6}
+    kinds = rng.choices(KINDS, [weights.get(kind, 2) for kind in KINDS], k=length)
+    return [
+        (kind, rng.randrange(pool if kind == "submit" else 1 << 16), rng.randrange(1 << 16))
+        for kind in kinds
+    ]
+
+
+class Bench:
+    """An engine of one architecture whose requests are known."""
+
+    def __init__(self, name: str, *, exact: bool, pool: int = 24, seed: int = 0) -> None:
+        chunk = 32 if exact else 80
+        llm = tiny_llm(
+            CONFIGS[name],
+            tokenizer=False,
+            max_num_seqs=4,
+            prefill_chunk=chunk,
+            batch_invariant=exact,
+        )
+        # Pages for one long request and a bit: somebody often has to give way.
+        limits = EngineLimits(4, 96, chunk, page_size=16, max_num_pages=8, exact=exact)
+        spec = limits.state_spec("float32", "float32")
+        self.name, self.exact = name, exact
+        self.engine = Engine(llm._engine._programs, llm.config, limits, spec)
+        self._recurrent = [layer.attention == "lightning" for layer in layer_plan(llm.config)]
+        self._page_size = limits.page_size
+        self.pool = make_pool(random.Random(f"pool {seed}"), pool)
+        self.counts: Counter[str] = Counter()
+        self.pairs: Counter[tuple[str, str]] = Counter()
+        self._alone: dict[int, Trace] = {}
+
+    def run(self, schedule: list[Op]) -> None:
+        """Run a schedule to the end of its requests.
+
+        Raises:
+            Wrong: what differs.
+        """
+        for kind, index, _ in schedule:
+            if kind == "submit":
+                self.alone(index)
+        run = _Run(self)
+        try:
+            for op in schedule:
+                run.do(op)
+            run.finish()
+        except Exception:
+            self.engine._start_afresh()
+            raise
+
+    def alone(self, index: int) -> Trace:
+        """What a request of the pool gives with nobody beside it, one token a call."""
+        if index not in self._alone:
+            wanted, trace = self.pool[index], Trace()
+            # Log probabilities show by how much a token won, where two are nearly equal.
+            params = replace(wanted.params, logprobs=wanted.params.logprobs or 2)
+            engine = self.engine
+            number = engine.submit(
+                list(wanted.prompt), params, wanted.seed, _listener(trace, lambda: None)
+            )
+            sequence = engine._requests[number].sequence
+            while engine.has_work:
+                engine.step(max_steps=1)
+                if sequence.slot is not None:
+                    trace.states[sequence.num_computed] = self.state(sequence)
+            self._alone[index] = trace
+        return self._alone[index]
+
+    def state(self, sequence: Sequence) -> list[np.ndarray]:
+        """Copies of what a sequence owns: its slot of every layer, or its tokens' pages."""
+        if sequence.slot is None or sequence.pages is None:
+            raise ValueError("it owns nothing")
+        owned = []
+        for is_recurrent, leaf in zip(self._recurrent, self.engine._state.layers, strict=True):
+            array = np.asarray(leaf)
+            if is_recurrent:
+                owned.append(array[sequence.slot.slot].copy())
+                continue
+            used = -(-sequence.num_computed // self._page_size)
+            tokens = array[list(sequence.pages.pages[:used])]
+            owned.append(tokens.reshape(-1, *tokens.shape[2:])[: sequence.num_computed])
+        return owned
+
+
+@contextlib.contextmanager
+def _in_order(engine: Engine, key: int | None) -> Iterator[None]:
+    """Within it a step's plans have their rows shuffled; None leaves them alone."""
+    if key is None:
+        yield
+        return
+    scheduler, rng = engine._scheduler, random.Random(key)
+    plan = scheduler.plan
+
+    def shuffled(**wishes: Any) -> StepPlan:
+        made = plan(**wishes)
+        decodes = rng.sample(made.decodes, len(made.decodes))
+        segments = rng.sample(made.segments, len(made.segments))
+        return replace(made, decodes=tuple(decodes), segments=tuple(segments))
+
+    scheduler.plan = shuffled  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del scheduler.plan
+
+
+def _listener(
+    trace: Trace, room: Callable[[], int | None]
+) -> Callable[[int, dict[int, float] | None], bool]:
+    def on_token(token: int, entry: dict[int, float] | None) -> bool:
+        trace.tokens.append(token)
+        trace.entries.append(entry)
+        limit = room()
+        return limit is not None and len(trace.tokens) >= limit
+
+    return on_token
+
+
+class _Run:
+    """One schedule under way."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.engine = bench, bench.engine
+        self.live: list[_Live] = []
+        self._order: int | None = None
+        self._last: str | None = None
+
+    def do(self, op: Op) -> None:
+        """One operation; those that find nothing to act on do nothing."""
+        kind, a, b = op
+        if getattr(self, f"_{kind}")(a, b):
+            self.bench.counts[kind] += 1
+            if self._last is not None:
+                self.bench.pairs[self._last, kind] += 1
+            self._last = kind
+
+    def finish(self) -> None:
+        """Step until nobody is left, and see that nothing else is."""
+        for _ in range(MAX_STEPS_LEFT):
+            if not self.engine.has_work:
+                break
+            self._step(8, 0)
+        else:
+            raise Wrong(f"somebody starves: {[r.number for r in self.live]}")
+        scheduler = self.engine._scheduler
+        for ledger in (scheduler.slots, scheduler.pages):
+            if ledger.num_free != ledger.capacity:
+                raise Wrong(f"{type(ledger).__name__}: {ledger.num_free} of {ledger.capacity} free")
+
+    # The operations: each returns whether it had anything to do.
+
+    def _submit(self, index: int, _b: int) -> bool:
+        if self.engine._scheduler.waiting:
+            self.bench.counts["submitted while others wait"] += 1
+        live = _Live(index, self.engine.new_number(), Trace())
+        wanted = self.bench.pool[index]
+        self.engine.submit(
+            list(wanted.prompt), wanted.params, wanted.seed,
+            _listener(live.trace, lambda: live.room), live.number,
+        )  # fmt: skip
+        self.live.append(live)
+        return True
+
+    def _empty(self, _a: int, _b: int) -> bool:
+        params = self.bench.pool[0].params
+        number = self.engine.new_number()
+        try:
+            self.engine.submit([], params, 0, lambda _token, _entry: True, number)
+        except ValueError:
+            if self.engine.is_unfinished(number):
+                raise Wrong("a refused request stays") from None
+            return True
+        raise Wrong("a prompt without tokens was accepted")
+
+    def _step(self, a: int, _b: int, **wishes: Any) -> bool:
+        if not self.engine.has_work:
+            return False
+        scheduler = self.engine._scheduler
+        before = {s.number: s.num_preempted for s in [*scheduler.running, *scheduler.waiting]}
+        with _in_order(self.engine, self._order):
+            self.engine.step(max_steps=1 + a % 8, **wishes)
+        self._order = None
+        chosen = wishes.get("preempt", ())
+        for sequence in [*scheduler.running, *scheduler.waiting]:
+            if sequence.num_preempted > before.get(sequence.number, 0):
+                forced = sequence.number in chosen
+                self.bench.counts["preempted" if forced else "gave way for pages"] += 1
+        self._check()
+        return True
+
+    def _budget(self, a: int, b: int) -> bool:
+        return self._step(b, 0, budget=a % (self.engine._limits.prefill_chunk + 1))
+
+    def _cut(self, a: int, b: int) -> bool:
+        cuts = {live.number: (a * (i + 1)) % 41 for i, live in enumerate(self.live)}
+        return bool(cuts) and self._step(b, 0, cuts=cuts)
+
+    def _permute(self, a: int, _b: int) -> bool:
+        """The rows of the next step come in another order."""
+        self._order = a
+        return True
+
+    def _preempt(self, a: int, b: int) -> bool:
+        running = [sequence.number for sequence in self.engine._scheduler.running]
+        if not running:
+            return False
+        return self._step(b, 0, preempt={running[a % len(running)]})
+
+    def _cancel(self, a: int, _b: int) -> bool:
+        if not self.live:
+            return False
+        live = self.live.pop(a % len(self.live))
+        self.engine.cancel(live.number)
+        return True
+
+    def _finish(self, a: int, b: int) -> bool:
+        """It says at its next token that it is done, or at one of the next."""
+        if not self.live:
+            return False
+        live = self.live[a % len(self.live)]
+        live.room = len(live.trace.tokens) + 1 + b % 3
+        return True
+
+    def _dummy(self, _a: int, _b: int) -> bool:
+        """A step of nobody changes no byte; the one before it lets debug mode poison what is free."""
+        self.engine._call(StepPlan((), ()))
+        before = [np.asarray(leaf).tobytes() for leaf in self.engine._state.layers]
+        self.engine._call(StepPlan((), ()))
+        after = [np.asarray(leaf).tobytes() for leaf in self.engine._state.layers]
+        if before != after:
+            raise Wrong("a step of nobody changed the state")
+        return True
+
+    # The comparisons.
+
+    def _check(self) -> None:
+        still = []
+        for live in self.live:
+            if self.engine.is_unfinished(live.number):
+                still.append(live)
+                sequence = self.engine._requests[live.number].sequence
+                if sequence.slot is not None and sequence.num_computed:
+                    self._compare_state(live, sequence)
+            else:
+                self._compare_answer(live)
+        self.live = still
+
+    def _diverged(self, live: _Live) -> bool:
+        """Whether a near tie has led a request elsewhere; never in exact mode."""
+        want = self.bench.alone(live.index).tokens
+        return live.trace.tokens != want[: len(live.trace.tokens)]
+
+    def _compare_state(self, live: _Live, sequence: Sequence) -> None:
+        want = self.bench.alone(live.index).states.get(sequence.num_computed)
+        if want is None:
+            if self.bench.exact:
+                raise Wrong(f"{self._who(live)}: a cut at {sequence.num_computed} off the grid")
+            return
+        if self._diverged(live):
+            return self._compare_answer(live)
+        self.bench.counts["states compared"] += 1
+        for layer, (got, wanted) in enumerate(
+            zip(self.bench.state(sequence), want, strict=True)
+        ):
+            if self.bench.exact:
+                same = got.tobytes() == wanted.tobytes()
+            else:
+                bound = TOLERANCES["schedule_state"] * max(np.abs(wanted).max(), 1e-3)
+                same = bool(np.abs(got - wanted).max() <= bound)
+            if not same:
+                raise Wrong(
+                    f"{self._who(live)}: layer {layer}'s state after {sequence.num_computed} "
+                    f"tokens differs by up to {np.abs(got - wanted).max():.3g}"
+                )
+        return None
+
+    def _compare_answer(self, live: _Live) -> None:
+        got, want = live.trace, self.bench.alone(live.index)
+        self.bench.counts["answers compared"] += 1
+        expected = len(want.tokens) if live.room is None else min(live.room, len(want.tokens))
+        if not self.engine.is_unfinished(live.number) and len(got.tokens) != expected:
+            raise Wrong(f"{self._who(live)}: {len(got.tokens)} tokens, alone {expected}")
+        params = self.bench.pool[live.index].params
+        for place, token in enumerate(got.tokens):
+            if token != want.tokens[place]:
+                self._excuse(live, place, token)
+                return
+            if params.logprobs is not None:
+                self._compare_logprobs(live, place)
+
+    def _compare_logprobs(self, live: _Live, place: int) -> None:
+        got = live.trace.entries[place] or {}
+        want = self.bench.alone(live.index).entries[place] or {}
+        if self.bench.exact:
+            same = got == want
+        else:
+            bound = TOLERANCES["law_logits"]
+            same = all(abs(got[t] - want[t]) <= bound for t in got.keys() & want.keys())
+        if not same:
+            raise Wrong(f"{self._who(live)}: log probabilities of token {place}: {got}, {want}")
+
+    def _excuse(self, live: _Live, place: int, token: int) -> None:
+        """In normal mode the two best of a greedy choice may change places; a draw may differ."""
+        entry = self.bench.alone(live.index).entries[place] or {}
+        best = sorted(entry.values(), reverse=True)
+        is_greedy = self.bench.pool[live.index].params.temperature == 0
+        close = len(best) > 1 and best[0] - best[1] < 2 * TOLERANCES["law_logits"]
+        if self.bench.exact or (is_greedy and not close):
+            want = self.bench.alone(live.index).tokens
+            raise Wrong(f"{self._who(live)}: token {place} is {token}, alone {want[place]}")
+        self.bench.counts["near ties" if is_greedy else "draws that differ"] += 1
+
+    def _who(self, live: _Live) -> str:
+        return f"{self.bench.name}: request {live.number} (of the pool: {live.index})"
