@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _Item = StreamPiece | Exception | None
 
 
-class Closed(RuntimeError):
+class ClosedError(RuntimeError):
     """The engine was shut down before or while this request ran."""
 
 
@@ -102,7 +102,7 @@ class AsyncEngine:
 
         Raises:
             UserError: prompt or parameters can't be used.
-            Closed: the engine is shut down.
+            ClosedError: the engine is shut down.
         """
         # Checks and encodes on this thread: it reads what never changes after loading.
         stream = Stream(self, self._llm.prepare(prompt, sampling_params))
@@ -122,7 +122,7 @@ class AsyncEngine:
                 stream.cancel()
 
     async def aclose(self) -> None:
-        """Cancel what runs, end its streams with `Closed` and stop the worker."""
+        """Cancel what runs, end its streams with `ClosedError` and stop the worker."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -133,7 +133,7 @@ class AsyncEngine:
         # Under the lock, so that no command comes in behind the one that closes.
         with self._lock:
             if self._closed:
-                raise Closed("the engine is shut down")
+                raise ClosedError("the engine is shut down")
             self._commands.put(command)
 
 
@@ -173,7 +173,7 @@ class _Worker:
     def close(self) -> None:
         """End everybody and stop."""
         for stream in list(self._open.values()):
-            self._end(stream, Closed("the engine was shut down"))
+            self._end(stream, ClosedError("the engine was shut down"))
         self._running = False
 
     def _step(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tiny_models import greedy, is_idle, linear_llm
 
 from bailing_jax import LLM, AsyncEngine, SamplingParams
-from bailing_jax.engine.async_engine import Closed, Stream
+from bailing_jax.engine.async_engine import ClosedError, Stream
 from bailing_jax.errors import UserError
 
 
@@ -151,15 +151,15 @@ def test_shutting_down_ends_every_stream(llm: LLM) -> None:
         assert isinstance(first.token_id, int)
         await engine.aclose()
         await engine.aclose()
-        with pytest.raises(Closed):
+        with pytest.raises(ClosedError):
             engine.submit([1])
-        with pytest.raises(Closed):
+        with pytest.raises(ClosedError):
             streams[0].cancel()
         return await asyncio.gather(*map(tokens, streams), return_exceptions=True)
 
     results = asyncio.run(main())
-    assert any(isinstance(result, Closed) for result in results)
-    assert all(isinstance(result, Closed) or len(result) == 80 for result in results)
+    assert any(isinstance(result, ClosedError) for result in results)
+    assert all(isinstance(result, ClosedError) or len(result) == 80 for result in results)
 
 
 def test_r026_idle_between_bursts_nobody_holds_anything(llm: LLM) -> None:
