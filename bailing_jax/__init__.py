@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bailing_jax.config import ModelConfig
+    from bailing_jax.engine.async_engine import AsyncEngine
     from bailing_jax.llm import LLM
     from bailing_jax.request import CompletionOutput, RequestOutput, StreamPiece
     from bailing_jax.sampling_params import SamplingParams
@@ -27,6 +28,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "CompletionOutput",
     "ModelConfig",
     "RequestOutput",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AsyncEngine": "engine.async_engine",
     "CompletionOutput": "request",
     "LLM": "llm",
     "ModelConfig": "config",

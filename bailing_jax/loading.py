@@ -6,12 +6,9 @@ before the first long wait.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from bailing_jax import hub, runtime, small_model
 from bailing_jax.checkpoint.load import Weights, load_model, match_native, match_released
@@ -21,10 +18,11 @@ from bailing_jax.engine.limits import EngineLimits
 from bailing_jax.engine_options import EngineOptions
 from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.layers.options import RuntimeOptions
-from bailing_jax.model import BailingForCausalLM, param_dtype
+from bailing_jax.memory import MemoryPlan, plan_memory
+from bailing_jax.model import BailingForCausalLM
 from bailing_jax.params import describe
 from bailing_jax.presets import find_preset, preset_names
-from bailing_jax.state import StateSpec, state_bytes
+from bailing_jax.state import StateSpec
 from bailing_jax.text.chat import ChatTemplate, load_chat_template
 from bailing_jax.text.tokenizer import Tokenizer, load_tokenizer
 from convert.native import is_native, open_native
@@ -177,27 +175,24 @@ def _checked(
 ) -> tuple[RuntimeOptions, EngineLimits, StateSpec]:
     """The choices in force, reported, after checking that they fit into memory."""
     runtime_options = options.runtime(config, runtime.platform())
-    limits = options.limits(config)
-    spec = limits.state_spec(runtime_options.dtype, options.state_dtype)
-    weights = sum(
-        math.prod(p.shape) * np.dtype(param_dtype(p, runtime_options)).itemsize
-        for p in describe(config)
-    )
-    runtime.check_fits(
-        {"weights": weights, "state": state_bytes(config, spec)}, options.memory_fraction
-    )
-    for line in _in_words(config, runtime_options, limits, options):
+    plan = plan_memory(config, runtime_options, options)
+    runtime.check_fits(plan.needs, options.memory_fraction)
+    for line in _in_words(config, runtime_options, plan, options):
         report(line)
-    return runtime_options, limits, spec
+    return runtime_options, plan.limits, plan.spec
 
 
 def _in_words(
     config: ModelConfig,
     runtime_options: RuntimeOptions,
-    limits: EngineLimits,
+    plan: MemoryPlan,
     options: EngineOptions,
-) -> tuple[str, str]:
-    """The model and its numbers; the engine and its sizes."""
+) -> tuple[str, str, str]:
+    """The model and its numbers; the engine and its sizes; the memory it takes."""
+    limits = plan.limits
+    gib = {name: f"{size / runtime.GIB:.2f}" for name, size in plan.needs.items()}
+    full = limits.max_num_seqs * limits.pages_a_sequence
+    pages = f"{limits.num_pages} pages" + f" of {full}" * (limits.num_pages < full)
     sequences = f"{limits.max_num_seqs} sequence{'s' * (limits.max_num_seqs != 1)}"
     tokens = f"{limits.max_model_len} token{'s' * (limits.max_model_len != 1)}"
     decay = "" if config.lightning is None else f", decay layer offset {config.decay_layer_offset}"
@@ -207,4 +202,7 @@ def _in_words(
         f"rope {runtime_options.rotated_dtype}",
         f"{sequences} of {tokens}, prefill chunk {limits.prefill_chunk}{decay}, "
         f"kernels {options.kernels} on {runtime.platform()}",
+        f"memory: weights {gib['weights']} GiB, {limits.max_num_seqs} slots "
+        f"{gib['recurrent_state']} GiB, {pages} {gib['pages']} GiB, temporaries about "
+        f"{gib['temporaries']} GiB",
     )

@@ -50,7 +50,9 @@ def check_fits(needs: Mapping[str, int], memory_fraction: float) -> None:
     total = sum(needs.values())
     if memory is None or total <= memory * memory_fraction:
         return
-    table = "\n".join(f"  {what:<10} {size / GIB:10.2f} GiB" for what, size in needs.items())
+    table = "\n".join(
+        f"  {what.replace('_', ' '):<16}{size / GIB:10.2f} GiB" for what, size in needs.items()
+    )
     raise UserError(
         f"the model does not fit: {total / GIB:.2f} GiB needed, "
         f"{memory * memory_fraction / GIB:.2f} GiB allowed "

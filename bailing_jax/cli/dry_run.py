@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +20,9 @@ from bailing_jax.errors import EXIT_DOES_NOT_FIT, EXIT_OK, EXIT_USAGE, UserError
 
 if TYPE_CHECKING:
     from bailing_jax.config import ModelConfig
-    from bailing_jax.engine.limits import EngineLimits
-    from bailing_jax.layers.options import RuntimeOptions
     from bailing_jax.params import Param
-    from bailing_jax.state import StateSpec
 
 _GIB = 2**30
-
-# `peak_bytes` came to 0.76 to 1.26 times what XLA allocated for the largest program
-# (Compiled.memory_analysis().temp_size_in_bytes; CPU, float32 and bfloat16, jaxlib 0.10.2 and
-# 0.12.0), over 2 to 7 layers of ring-mini-linear-2.0, ling-mini-2.0 and ling-2.6-flash at their
-# real widths with 1, 8 and 32 sequences, and the tests' tiny models. The lowest is bfloat16 with
-# one sequence. On a GPU nobody has measured it yet. tests/cli/test_dry_run.py measures again.
-_MARGIN = 1.4
 
 
 @dataclass(frozen=True)
@@ -46,6 +35,9 @@ class DryRun:
         architecture: as in config.json.
         parameters: "total", and "active": those one token meets.
         in_force: dtypes and sizes by option name.
+        slots: recurrent slots.
+        pages: cache pages that fit into the allowed memory.
+        pages_wanted: those of every sequence at full length.
         bytes: by purpose; "temporaries" is the estimate for the largest program.
         total_bytes: their sum.
         platform: "cpu", "gpu" or "tpu".
@@ -61,6 +53,9 @@ class DryRun:
     architecture: str
     parameters: Mapping[str, int]
     in_force: Mapping[str, str | int | float]
+    slots: int
+    pages: int
+    pages_wanted: int
     bytes: Mapping[str, int]
     total_bytes: int
     platform: str
@@ -105,25 +100,15 @@ def plan(
     """Work out what a run would need; arguments and errors as `run`."""
     from bailing_jax import runtime
     from bailing_jax.engine_options import EngineOptions
-    from bailing_jax.model import param_dtype
+    from bailing_jax.memory import plan_memory
     from bailing_jax.params import describe
 
     chosen = EngineOptions(**options)
     config, weights_seen = _read(model, hf_overrides)
     platform = runtime.platform()
-    runtime_options, limits = chosen.runtime(config, platform), chosen.limits(config)
-    spec = limits.state_spec(runtime_options.dtype, chosen.state_dtype)
-    params = describe(config)
-    programs = {"one_prompt": prompt_programs(limits, prompt_tokens), "job": job_programs(limits)}
-    # The step with the most rows does all that the others do.
-    largest = max(programs["job"], key=lambda size: size.decode_rows + size.prefill_rows)
-    needed = {
-        "weights": sum(p.size * param_dtype(p, runtime_options).itemsize for p in params),
-        **_state_bytes(config, spec),
-        "temporaries": temporary_bytes(config, runtime_options, limits, spec, largest, platform),
-    }
-    memory, total = runtime.memory_bytes(), sum(needed.values())
-    allowed = None if memory is None else int(memory * chosen.memory_fraction)
+    runtime_options = chosen.runtime(config, platform)
+    needed = plan_memory(config, runtime_options, chosen)
+    limits, params = needed.limits, describe(config)
     return DryRun(
         model=str(model),
         weights_seen=weights_seen,
@@ -140,13 +125,19 @@ def plan(
             "prefill_chunk": limits.prefill_chunk,
             "memory_fraction": chosen.memory_fraction,
         },
-        bytes=needed,
-        total_bytes=total,
+        slots=limits.max_num_seqs,
+        pages=limits.num_pages,
+        pages_wanted=limits.max_num_seqs * limits.pages_a_sequence,
+        bytes=needed.needs,
+        total_bytes=needed.total_bytes,
         platform=platform,
-        memory_bytes=memory,
-        allowed_bytes=allowed,
-        fits=None if allowed is None else total <= allowed,
-        programs=programs,
+        memory_bytes=needed.memory_bytes,
+        allowed_bytes=needed.allowed_bytes,
+        fits=needed.fits,
+        programs={
+            "one_prompt": prompt_programs(limits, prompt_tokens),
+            "job": job_programs(limits),
+        },
     )
 
 
@@ -165,6 +156,7 @@ def as_text(needs: DryRun) -> str:
         f"{needs.architecture}: {total:,.1f} M parameters, {active:,.1f} M active a token",
         ", ".join(in_force[:2]),
         ", ".join(in_force[2:]),
+        _places(needs),
         "",
         *(
             _row(what.replace("_", " "), size, "(estimate)" if what == "temporaries" else "")
@@ -185,6 +177,14 @@ def as_text(needs: DryRun) -> str:
         steps = "  ".join(f"({d}, {t}, {p})" for d, t, p in sizes)
         lines.append(f"  {job.replace('_', ' '):<16}{steps}")
     return "\n".join(lines)
+
+
+def _places(needs: DryRun) -> str:
+    """Slots and pages, and whether requests may have to give way to each other."""
+    text = f"{needs.slots} slots, {needs.pages} pages"
+    if needs.pages < needs.pages_wanted:
+        text += f" of {needs.pages_wanted}: when they run out, the youngest request is put off"
+    return text
 
 
 def _row(what: str, size: int, remark: str = "") -> str:
@@ -247,18 +247,6 @@ def _read(model: str | Path, hf_overrides: Mapping[str, object]) -> tuple[ModelC
     return config, f"{weights.num_bytes / 1e6:,.1f} MB to read, complete"
 
 
-def _state_bytes(config: ModelConfig, spec: StateSpec) -> dict[str, int]:
-    """Bytes of slots and of pages, NULL included."""
-    from bailing_jax.layer_plan import layer_plan
-    from bailing_jax.state import leaf_shapes
-
-    held = {"recurrent_state": 0, "pages": 0}
-    for layer, leaf in zip(layer_plan(config), leaf_shapes(config, spec), strict=True):
-        purpose = "recurrent_state" if layer.attention == "lightning" else "pages"
-        held[purpose] += math.prod(leaf.shape) * leaf.dtype.itemsize
-    return held
-
-
 def _active_parameters(config: ModelConfig, params: Sequence[Param]) -> int:
     """All but the routed experts a token is not sent to."""
     moe = config.moe
@@ -268,46 +256,3 @@ def _active_parameters(config: ModelConfig, params: Sequence[Param]) -> int:
         else param.size
         for param in params
     )
-
-
-def temporary_bytes(
-    config: ModelConfig,
-    runtime_options: RuntimeOptions,
-    limits: EngineLimits,
-    spec: StateSpec,
-    size: ProgramSize,
-    platform: str,
-) -> int:
-    """An estimate, from above, of what a step allocates while it runs, its logits included."""
-    import jax
-    from flax import nnx
-
-    from bailing_jax.batch import pack
-    from bailing_jax.cli.temporaries import peak_bytes
-    from bailing_jax.model import build, param_dtype
-    from bailing_jax.state import DecodeState, leaf_shapes
-
-    def shape(param: Param) -> Any:
-        return jax.ShapeDtypeStruct(param.shape, param_dtype(param, runtime_options))
-
-    model = build(config, runtime_options, shape)
-    graphdef, params = nnx.split(model)
-
-    def step(params, state, layout):
-        model = nnx.merge(graphdef, params)
-        x, state, _ = model(state, layout)
-        return model.logits(x[layout.logit_rows]), state
-
-    layout = pack(
-        [],
-        [],
-        num_decode=size.decode_rows,
-        num_prefill=size.prefill_rows,
-        num_segments=size.segments,
-        page_size=limits.page_size,
-        pages_a_sequence=limits.pages_a_sequence,
-    )
-    leaves: Any = leaf_shapes(config, spec)  # shapes stand for arrays, as in `shape`
-    state = DecodeState(leaves)
-    traced = jax.make_jaxpr(step)(params, state, layout)
-    return int(_MARGIN * peak_bytes(traced.jaxpr, platform))

@@ -30,16 +30,17 @@ from bailing_jax import LLM, runtime
 from bailing_jax.batch import pack
 from bailing_jax.cli import dry_run
 from bailing_jax.cli.dry_run import plan
-from bailing_jax.cli.temporaries import peak_bytes
 from bailing_jax.config import ModelConfig
 from bailing_jax.engine.programs import Programs
 from bailing_jax.engine.sizes import ProgramSize, job_programs, prompt_programs
 from bailing_jax.engine_options import EngineOptions
 from bailing_jax.errors import EXIT_DOES_NOT_FIT, EXIT_OK, EXIT_USAGE, UserError
 from bailing_jax.layer_plan import layer_plan
+from bailing_jax.memory import temporary_bytes
 from bailing_jax.model import abstract
 from bailing_jax.presets import find_preset
 from bailing_jax.state import DecodeState, allocate, leaf_shapes
+from bailing_jax.temporaries import peak_bytes
 
 SMALL = {"max_num_seqs": NUM_SEQS, "max_model_len": MODEL_LEN, "prefill_chunk": CHUNK}
 # One layer compiles fast, and programs are the same for any number of them.
@@ -150,7 +151,7 @@ def test_temporaries_bound_what_xla_allocates(
     allocated = program.memory_analysis()
     assert allocated is not None
     runtime_options = chosen.runtime(read, "cpu")
-    said = dry_run.temporary_bytes(read, runtime_options, limits, spec, size, "cpu")
+    said = temporary_bytes(read, runtime_options, limits, spec, size)
     assert allocated.temp_size_in_bytes < said < 1.8 * allocated.temp_size_in_bytes
 
 
@@ -270,7 +271,10 @@ def test_what_fits_to_the_byte_fits_and_one_less_does_not(
     folders: dict[str, Path], memory: list[int | None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {**SMALL, "memory_fraction": 0.5}
-    needed = plan(folders["linear"], options, {}).total_bytes
+    memory[0] = 2
+    least = plan(folders["linear"], options, {})
+    assert (least.pages, least.pages_wanted) == (2, 6)  # one sequence at full length
+    needed = least.total_bytes
     memory[0] = 2 * needed
     assert dry_run.run(folders["linear"], options, {}) == EXIT_OK
     capsys.readouterr()
@@ -285,11 +289,40 @@ def test_what_fits_to_the_byte_fits_and_one_less_does_not(
         assert flag in helps
 
 
+def test_pages_shrink_to_what_fits_and_loading_agrees(
+    folders: dict[str, Path], memory: list[int | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And requests that give way to each other answer what they answer with all pages."""
+    options: dict[str, Any] = {**SMALL, "memory_fraction": 1.0}
+    full = plan(folders["linear"], options, {})
+    assert full.pages == full.pages_wanted == 6
+    page = full.bytes["pages"] // 7
+    requests = [[i, 2, 3] * 15 for i in range(3)]
+    params = greedy(50, ignore_eos=True)
+    want = LLM(folders["linear"], **options, report=lambda _line: None).generate(requests, params)
+    for pages in (5, 3):
+        memory[0] = full.total_bytes - (6 - pages) * page + page // 2
+        needs, said = plan(folders["linear"], options, {}), list[str]()
+        llm = LLM(folders["linear"], **options, report=said.append)
+        assert needs.pages == llm.limits.num_pages == pages
+        assert needs.fits
+        assert any(f"{pages} pages of 6 " in line for line in said)
+        got = llm.generate(requests, params)
+        assert [r.outputs[0].token_ids for r in got] == [r.outputs[0].token_ids for r in want]
+    dry_run.run(folders["linear"], options, {})
+    assert "3 slots, 3 pages of 6: when they run out" in capsys.readouterr().out
+    memory[0] = full.total_bytes - 4 * page - 1
+    assert plan(folders["linear"], options, {}).fits is False
+    with pytest.raises(UserError, match="does not fit"):
+        LLM(folders["linear"], **options, report=lambda _line: None)
+
+
 def test_only_flags_that_help_are_named(
     folders: dict[str, Path], memory: list[int | None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     used = {"dtype": "bfloat16", "state_dtype": "bfloat16", "max_num_seqs": 1,
             "memory_fraction": 1.0}  # fmt: skip
+    memory[0] = 1
     memory[0] = plan(folders["linear"], used, {}).total_bytes - 1
     assert dry_run.run(folders["linear"], used, {}) == EXIT_DOES_NOT_FIT
     helps = "does not fit. Smaller: --max-model-len (now 512), --prefill-chunk (now 512).\n"
