@@ -5,6 +5,7 @@ fails, survives when all pass, and is an error when it can't be planted or its t
 
     python scripts/seeded_bugs.py                      all, against the tests each names
     python scripts/seeded_bugs.py --ids founding-rows founding-slots
+    python scripts/seeded_bugs.py --each               and each test named must notice it alone
     python scripts/seeded_bugs.py --all --ids ...      against the whole fast suite
     python scripts/seeded_bugs.py --record             and write docs/seeded_bugs.md
 
@@ -58,7 +59,7 @@ def main() -> int:
         return 1
     with ThreadPoolExecutor(args.jobs) as pool:
         outcomes = []
-        for outcome in pool.map(lambda bug: _try(bug, args.all), bugs):
+        for outcome in pool.map(lambda bug: _try(bug, _groups(bug, args)), bugs):
             print(outcome.in_words(), flush=True)
             outcomes.append(outcome)
     killed = sum(outcome.verdict == "killed" for outcome in outcomes)
@@ -76,6 +77,7 @@ def _arguments() -> argparse.Namespace:
     p.add_argument("--ids", nargs="+", metavar="ID", help="only these")
     p.add_argument("--quick", action="store_true", help="only five whose tests are quick")
     p.add_argument("--all", action="store_true", help="run the whole fast suite on each")
+    p.add_argument("--each", action="store_true", help="every test named must notice it")
     p.add_argument("--jobs", type=int, default=1, metavar="N", help="bugs at once (default: 1)")
     p.add_argument("--record", action="store_true", help="write docs/seeded_bugs.md")
     p.add_argument("--list", action="store_true", help="print the ids and what each does")
@@ -99,24 +101,36 @@ def _chosen(args: argparse.Namespace) -> list[Bug]:
     return [bugs[name] for name in names]
 
 
-def _try(bug: Bug, whole_suite: bool) -> Outcome:
+def _groups(bug: Bug, args: argparse.Namespace) -> list[tuple[str, ...]]:
+    """What to run on it: in each group at least one test must fail."""
+    if args.all:
+        return [FAST_SUITE]
+    return [(test,) for test in bug.tests] if args.each else [bug.tests]
+
+
+def _try(bug: Bug, groups: Sequence[tuple[str, ...]]) -> Outcome:
     """Plant it and run its tests."""
-    start = time.perf_counter()
+    start, killers = time.perf_counter(), []
+
+    def outcome(verdict: str, by: str) -> Outcome:
+        return Outcome(bug, verdict, by, time.perf_counter() - start)
+
     try:
         with copy_of_project() as project:
             plant(bug, project)
-            code, output = _pytest(project, FAST_SUITE if whole_suite else bug.tests)
+            for group in groups:
+                code, output = _pytest(project, group)
+                found = _FAILED.search(output)
+                # Only 1 means that a test ran and failed: a test that isn't there, or a module
+                # that no longer imports, proves nothing about the test.
+                if code == 0:
+                    return outcome("survived", " ".join(group))
+                if code != 1 or not found:
+                    return outcome("error", f"pytest exit code {code}: {output[-600:]}")
+                killers.append(found[1])
     except PlantingError as error:
-        return Outcome(bug, "error", str(error), time.perf_counter() - start)
-    seconds = time.perf_counter() - start
-    found = _FAILED.search(output)
-    # Only 1 means that a test ran and failed: a test that isn't there, or a module that no
-    # longer imports, proves nothing about the test.
-    if code == 1 and found:
-        return Outcome(bug, "killed", found[1], seconds)
-    if code == 0:
-        return Outcome(bug, "survived", "", seconds)
-    return Outcome(bug, "error", f"pytest exit code {code}: {output[-600:]}", seconds)
+        return outcome("error", str(error))
+    return outcome("killed", killers[0])
 
 
 def _healthy() -> bool:

@@ -70,7 +70,7 @@ class Traffic:
         llm: the engine.
         rng: decides everything.
         cancelled_share: of the requests, those that do not finish.
-        is_plain: greedy requests only, for speed.
+        is_plain: short greedy requests only, for speed.
     """
 
     def __init__(
@@ -112,11 +112,13 @@ class Traffic:
 
     def _submit(self) -> None:
         rng = self._rng
-        prompt = rng.integers(0, VOCAB_SIZE, rng.integers(1, MAX_PROMPT)).tolist()
+        longest = MAX_PROMPT // 3 if self._is_plain else MAX_PROMPT
+        prompt = rng.integers(0, VOCAB_SIZE, rng.integers(1, longest)).tolist()
         request = self.llm.prepare(prompt, self._params())
         leaves = rng.random() < self._share
-        # A prompt takes up to four turns: many leave before their first token.
-        self._live.append(Live(request, int(rng.integers(0, 16)) if leaves else None))
+        # Early moments more often: before the first step, and in the middle of a prompt.
+        moment = int(rng.integers(0, rng.choice([2, 5, 16])))
+        self._live.append(Live(request, moment if leaves else None))
         self.llm.submit(request, lambda _piece: self._count())
         self.counts.submitted += 1
 

@@ -19,15 +19,15 @@ SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "soak.py"
 def test_r024_ten_thousand_cancelled_requests_leave_every_place_free() -> None:
     """Cancelled while they wait, before their first step, within their prompt, while answering."""
     llm = tiny_llm(max_num_seqs=16, prefill_chunk=64)
+    want = llm.generate([5, 6, 7], greedy(9))
     traffic = soak.Traffic(llm, np.random.default_rng(24), cancelled_share=0.9, is_plain=True)
     while traffic.counts.cancelled < 10_000:
         traffic.turn()
-    assert traffic.counts.finished > 500
+    assert traffic.counts.finished > 100
     traffic.drain()
     assert is_idle(llm)
     assert traffic.counts.submitted == traffic.counts.cancelled + traffic.counts.finished
-    again = tiny_llm(max_num_seqs=16, prefill_chunk=64)
-    assert llm.generate([5, 6, 7], greedy(9)) == again.generate([5, 6, 7], greedy(9))
+    assert llm.generate([5, 6, 7], greedy(9)) == want
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
