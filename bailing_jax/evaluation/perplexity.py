@@ -25,6 +25,7 @@ MAX_WINDOW = 2048
 DEFAULT_PROBLEMS = 64
 DEFAULT_COMPARED = 512
 KEY = "decay_layer_offset"
+MAX_NLL = 700  # the exponential of more is no float64; only broken weights come near
 
 Say = Callable[[str], None]
 Found = dict[str, Any]
@@ -53,17 +54,9 @@ def run(args: argparse.Namespace, texts: Sequence[Texts], keep: AnswerFile, say:
     say(f"{len(made)} windows, {sum(tokens)} tokens to predict")
     in_force = loaded.config.decay_layer_offset
     start = time.perf_counter()
-    with keep.whole_run(f"{len(made)} windows", say):
-        scorers = {o: likelihood.scorer(loaded, o) for o in wanted or (in_force,)}
-        nll = likelihood.nll(
-            scorers, made, lambda i, sums: keep.write(_record(i, made[i], sums)), say
-        )
-        figures = {str(offset): _figures(sums, tokens) for offset, sums in nll.items()}
-        if len(nll) == 2 and (beyond := decay.control_offset(nll, tokens)) is not None:
-            say(f"scoring offset {beyond} too, as a control")
-            control = {beyond: likelihood.scorer(loaded, beyond)}
-            nll |= likelihood.nll(control, made, lambda _i, _sums: None, say)
+    nll = _scored(loaded, wanted or (in_force,), made, keep, say)
     seconds = time.perf_counter() - start
+    figures = {str(o): _figures(nll[o], tokens) for o in wanted or (in_force,)}
     main = figures.get(str(in_force)) or next(iter(figures.values()))
     found: Found = {
         "num": len(made),
@@ -98,9 +91,10 @@ def as_text(found: Mapping[str, Any]) -> str:
     ]
     lines.append(f"{'offset':<8}{'perplexity':>12}{'nats a token':>14}  95 % interval")
     for offset, figures in found["offsets"].items():
+        value = figures["perplexity"]
+        perplexity = "over 1e300" if value is None else f"{value:.4f}"
         lines.append(
-            f"{offset:<8}{figures['perplexity']:>12.4f}{figures['nll']:>14.5f}  "
-            + _shown(figures["ci95"])
+            f"{offset:<8}{perplexity:>12}{figures['nll']:>14.5f}  " + _shown(figures["ci95"])
         )
     if "config_offset" in found:
         stated = found["config_offset"]
@@ -141,10 +135,31 @@ def _windows(args: argparse.Namespace, loaded: LoadedModel, texts: Sequence[Text
     return made[: args.num]
 
 
+def _scored(
+    loaded: LoadedModel,
+    wanted: Sequence[int],
+    made: Sequence[Window],
+    keep: AnswerFile,
+    say: Say,
+) -> dict[int, list[float]]:
+    """The likelihoods of each window by offset; of the control too, where a verdict needs it."""
+    tokens = [window.num_scored for window in made]
+    with keep.whole_run(f"{len(made)} windows", say):
+        scorers = {offset: likelihood.scorer(loaded, offset) for offset in wanted}
+        nll = likelihood.nll(
+            scorers, made, lambda i, sums: keep.write(_record(i, made[i], sums)), say
+        )
+        if len(wanted) == 2 and (beyond := decay.control_offset(nll, tokens)) is not None:
+            say(f"scoring offset {beyond} too, as a control")
+            control = {beyond: likelihood.scorer(loaded, beyond)}
+            nll |= likelihood.nll(control, made, lambda _i, _sums: None, say)
+    return nll
+
+
 def _figures(sums: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
     mean = mean_a_token(sums, tokens)
     return {
-        "perplexity": math.exp(mean.mean),
+        "perplexity": math.exp(mean.mean) if mean.mean < MAX_NLL else None,
         "nll": mean.mean,
         "ci95": decay.interval(mean),
     }

@@ -169,6 +169,22 @@ def test_numbers_that_overflow_are_said_with_their_window(
     ]
 
 
+def test_a_likelihood_beyond_all_bounds_is_still_told(
+    capsys: Capture, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite, but its exponential is not."""
+
+    def hopeless(_self: Any, ids: list[int]) -> np.ndarray:
+        return np.full(len(ids) - 1, -1e6, np.float32)
+
+    monkeypatch.setattr(likelihood.Scorer, "token_logprobs", hopeless)
+    args = ("perplexity", "--model", model, *SIZES, "--data", text, "--window", WINDOW)
+    found = result(capsys, *args)
+    assert (found["perplexity"], found["nll"]) == (None, 1e6)
+    out, _ = run(capsys, *args)
+    assert out.splitlines()[2].split()[:4] == ["0", "over", "1e300", "1000000.00000"]
+
+
 def test_a_model_without_lightning_layers_has_no_decay(capsys: Capture, text: Path) -> None:
     folder = Path(__file__).parents[1] / "golden" / "v2-gqa"
     assert json.loads((folder / "config.json").read_text())["architectures"][0].endswith(
