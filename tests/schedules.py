@@ -317,7 +317,7 @@ class _Run:
         return True
 
     def _dummy(self, _a: int, _b: int) -> bool:
-        """A step of nobody changes no byte; the one before it lets debug mode poison what is free."""
+        """A step of nobody changes no byte, once debug mode has poisoned what is free."""
         self.engine._call(StepPlan((), ()))
         before = [np.asarray(leaf).tobytes() for leaf in self.engine._state.layers]
         self.engine._call(StepPlan((), ()))
