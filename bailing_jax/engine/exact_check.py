@@ -30,6 +30,8 @@ from bailing_jax.state import DecodeState, StateSpec, leaf_shapes
 
 RunStep = Callable[[DecodeState, BatchLayout], tuple[jax.Array, DecodeState]]
 _DECODE_STEPS = 3
+# The prompt of the longest neighbour, where the model takes it: it reaches into a second KV block.
+_LONG = 300
 
 
 @dataclass
@@ -91,9 +93,10 @@ class _Check:
         self.recurrent = [layer.attention == "lightning" for layer in layer_plan(config)]
         room = limits.max_model_len - _DECODE_STEPS
         self.num_prompt = max(1, min(limits.prefill_chunk, room) * 2 // 3)
-        # Each of the others prefills in a call of its own, so its prompt may be a whole chunk.
+        # Each of the others prefills in calls of its own, so its prompt may be a whole chunk.
         self.other_prompt = max(1, min(limits.prefill_chunk, room))
-        self.pages_each = -(-(self.other_prompt + _DECODE_STEPS) // limits.page_size)
+        self.long_prompt = max(1, min(max(limits.prefill_chunk, _LONG), room))
+        self.pages_each = -(-(self.long_prompt + _DECODE_STEPS) // limits.page_size)
         num_seqs = limits.max_num_seqs
         self.spec = StateSpec(
             num_slots=num_seqs + 1,
@@ -110,10 +113,10 @@ class _Check:
         self._play(alone, [])
         order = np.random.default_rng(1).permutation(np.arange(1, self.spec.num_pages)).tolist()
         places = [order[i :: self.limits.max_num_seqs] for i in range(self.limits.max_num_seqs)]
-        others = [
-            _Run(self._tokens(slot, self.other_prompt), self.other_prompt, slot, places[slot - 1])
-            for slot in range(1, self.limits.max_num_seqs)
-        ]
+        others = []
+        for slot in range(1, self.limits.max_num_seqs):
+            length = self.long_prompt if slot == 1 else self.other_prompt
+            others.append(_Run(self._tokens(slot, length), length, slot, places[slot - 1]))
         company = _Run(tokens, self.num_prompt, self.limits.max_num_seqs, places[-1])
         self._play(company, others)
         names = ["the logits after its prompt"]
@@ -132,15 +135,16 @@ class _Check:
         """Prefill the others, then `run` behind a short piece of company; decode all together."""
         self.state = self._spoiled()
         for other in others:
-            self._prefill([other], [other.num_prompt])
+            while (left := other.num_prompt - other.done) > 0:
+                self._prefill([other], [min(left, self.limits.prefill_chunk)])
         # Company in the very call: a new sequence in the slot and pages of one that is done.
         before = []
         room = self.limits.prefill_chunk - run.num_prompt
         if others and room and max_segments(self.limits) > 1:
-            gone = others[0]
+            gone = others[-1]
             tokens = gone.tokens[: min(room, gone.num_prompt)]
             before = [_Run(tokens, len(tokens), gone.slot, gone.pages)]
-            others = [before[0], *others[1:]]
+            others = [*others[:-1], before[0]]
         pieces = [*before, run]
         logits = self._prefill(pieces, [piece.num_prompt for piece in pieces])
         run.bits.append(_bits(logits[len(before)]))

@@ -51,7 +51,7 @@ _TINY = {
     "eos_token_id": 320,
     "pad_token_id": 320,
 }
-_LIMITS = EngineLimits(max_num_seqs=5, max_model_len=96, prefill_chunk=48, page_size=16)
+_LIMITS = EngineLimits(max_num_seqs=5, max_model_len=320, prefill_chunk=48, page_size=16)
 # exp(g) of a head after one token, worked out by hand from the published formula for 3 heads and
 # 2 layers: slopes 2^-4, 2^-8 and (interleaved) 2^-2; layer factors 1 + 1e-5 and 1e-5.
 _DECAYS = ((0.0625, 0.00390625, 0.25), (1.00001, 0.00001))

@@ -1,0 +1,76 @@
+"""Exact mode through the whole engine: answers and log probabilities of the request alone.
+
+Random company, budgets, numbers of steps a call, and preemption at any step; greedy and sampled,
+with penalties, biases and log probabilities in some rows only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import LATENT, LINEAR, tiny_llm
+
+from bailing_jax import SamplingParams
+from bailing_jax.engine.engine import Engine
+from bailing_jax.engine_options import EXACT_SCHEDULING
+
+pytestmark = pytest.mark.skipif(
+    not EXACT_SCHEDULING, reason="the scheduler does not keep to exact mode's two calls yet"
+)
+CHUNK, REQUESTS = 16, 20
+
+
+def random_params(rng: np.random.Generator, seed: int) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=int(rng.integers(1, 30)),
+        temperature=float(rng.choice([0.0, 0.9])),
+        top_p=0.95,
+        seed=seed,
+        ignore_eos=True,
+        logprobs=int(rng.integers(0, 4)) if rng.random() < 0.5 else None,
+        presence_penalty=float(rng.choice([0.0, 0.0, 0.7])),
+        logit_bias={5: 1.5} if rng.random() < 0.2 else None,
+    )
+
+
+def disturb(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every step gets a random budget and drives out whom it likes; how many, step by step."""
+    real, driven_out = Engine.step, list[int]()
+
+    def step(self: Engine, **_wishes: Any) -> None:
+        rng = np.random.default_rng(len(driven_out))
+        victims = [s.number for s in self._scheduler.running if rng.random() < 0.07]
+        driven_out.append(len(victims))
+        budget = int(rng.integers(0, CHUNK + 1)) if rng.random() < 0.3 else None
+        wishes: dict[str, Any] = {"preempt": victims, "budget": budget}
+        real(self, **wishes, max_steps=int(rng.integers(1, 9)))
+
+    monkeypatch.setattr(Engine, "step", step)
+    return driven_out
+
+
+@pytest.mark.parametrize(
+    ("config", "dtypes"),
+    [(LINEAR, {"state_dtype": "bfloat16"}), (LATENT, {"dtype": "bfloat16"})],
+    ids=["linear", "latent"],
+)
+def test_r082_company_and_preemption_change_no_bit_of_an_answer(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], dtypes: dict[str, str]
+) -> None:
+    llm = tiny_llm(
+        config, tokenizer=False, batch_invariant=True, max_num_seqs=5, prefill_chunk=CHUNK, **dtypes
+    )
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 300, int(n)).tolist() for n in rng.integers(1, 60, REQUESTS)]
+    params = [random_params(rng, seed) for seed in range(REQUESTS)]
+    wants = [llm.generate([p], q)[0].outputs[0] for p, q in zip(prompts, params, strict=True)]
+    driven_out = disturb(monkeypatch)
+    for schedule in range(2):
+        order = np.random.default_rng(schedule).permutation(REQUESTS)
+        outputs = llm.generate([prompts[i] for i in order], [params[i] for i in order])
+        for i, output in zip(order, outputs, strict=True):
+            assert output.outputs[0].token_ids == wants[i].token_ids
+            assert output.outputs[0].logprobs == wants[i].logprobs
+    assert sum(driven_out) > 20
