@@ -36,7 +36,7 @@ TEMPLATE = """\
 """
 
 # Every irregularity of the architecture that fits: a dense first layer, an incomplete last group
-# (so two softmax layers end the model), two norm groups over six heads, rotated halves, low-rank
+# (so two softmax layers end the model), three norm groups over six heads, rotated halves, low-rank
 # queries, key and value widths that differ, router groups.
 CONFIG = {
     "architectures": ["BailingMoeV2_5ForCausalLM"],
