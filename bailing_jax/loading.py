@@ -190,9 +190,10 @@ def _in_words(
 ) -> tuple[str, str, str]:
     """The model and its numbers; the engine and its sizes; the memory it takes."""
     limits = plan.limits
-    gib = {name: f"{size / runtime.GIB:.2f}" for name, size in plan.needs.items()}
+    mb = {name: f"{size / 1e6:,.1f} MB" for name, size in plan.needs.items()}
+    slots = f"{limits.max_num_seqs} slot{'s' * (limits.max_num_seqs != 1)}"
     full = limits.max_num_seqs * limits.pages_a_sequence
-    pages = f"{limits.num_pages} pages" + f" of {full}" * (limits.num_pages < full)
+    pages = f"{limits.num_pages} page{'s' * (limits.num_pages != 1)}" + f" of {full}" * (limits.num_pages < full)
     sequences = f"{limits.max_num_seqs} sequence{'s' * (limits.max_num_seqs != 1)}"
     tokens = f"{limits.max_model_len} token{'s' * (limits.max_model_len != 1)}"
     decay = "" if config.lightning is None else f", decay layer offset {config.decay_layer_offset}"
@@ -202,7 +203,6 @@ def _in_words(
         f"rope {runtime_options.rotated_dtype}",
         f"{sequences} of {tokens}, prefill chunk {limits.prefill_chunk}{decay}, "
         f"kernels {options.kernels} on {runtime.platform()}",
-        f"memory: weights {gib['weights']} GiB, {limits.max_num_seqs} slots "
-        f"{gib['recurrent_state']} GiB, {pages} {gib['pages']} GiB, temporaries about "
-        f"{gib['temporaries']} GiB",
+        f"memory: weights {mb['weights']}, {slots} {mb['recurrent_state']}, {pages} {mb['pages']}, "
+        f"temporaries about {mb['temporaries']}",
     )
