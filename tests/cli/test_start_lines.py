@@ -8,8 +8,8 @@ import pytest
 from tiny_models import tiny_llm
 
 from bailing_jax.config import SUPPORTED, ModelConfig
-from bailing_jax.engine_options import EngineOptions
 from bailing_jax.engine.limits import EngineLimits
+from bailing_jax.engine_options import EngineOptions
 from bailing_jax.loading import _in_words, _memory_in_words
 from bailing_jax.memory import MemoryPlan
 from bailing_jax.presets import PRESETS, Preset
