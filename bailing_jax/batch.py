@@ -220,7 +220,7 @@ def _check(
     rows = [*decodes, *segments]
     for kind in ("slot", "page"):
         used = [row.slot for row in rows] if kind == "slot" else [p for r in rows for p in r.pages]
-        if len(set(used)) != len(used) or any(i <= 0 for i in used):
+        if len(set(used)) != len(used) or min(used, default=1) <= 0:
             raise ValueError(f"{kind}s of a step must be distinct and not NULL: {sorted(used)}")
     for row in rows:
         if row.context < 0:

@@ -177,22 +177,19 @@ def _checked(
     runtime_options = options.runtime(config, runtime.platform())
     plan = plan_memory(config, runtime_options, options)
     runtime.check_fits(plan.needs, options.memory_fraction)
-    for line in _in_words(config, runtime_options, plan, options):
+    for line in _in_words(config, runtime_options, plan.limits, options):
         report(line)
+    report(_memory_in_words(plan))
     return runtime_options, plan.limits, plan.spec
 
 
 def _in_words(
     config: ModelConfig,
     runtime_options: RuntimeOptions,
-    plan: MemoryPlan,
+    limits: EngineLimits,
     options: EngineOptions,
-) -> tuple[str, str, str]:
-    """The model and its numbers; the engine and its sizes; the memory it takes."""
-    limits = plan.limits
-    gib = {name: f"{size / runtime.GIB:.2f}" for name, size in plan.needs.items()}
-    full = limits.max_num_seqs * limits.pages_a_sequence
-    pages = f"{limits.num_pages} pages" + f" of {full}" * (limits.num_pages < full)
+) -> tuple[str, str]:
+    """The model and its numbers; the engine and its sizes."""
     sequences = f"{limits.max_num_seqs} sequence{'s' * (limits.max_num_seqs != 1)}"
     tokens = f"{limits.max_model_len} token{'s' * (limits.max_model_len != 1)}"
     decay = "" if config.lightning is None else f", decay layer offset {config.decay_layer_offset}"
@@ -202,7 +199,17 @@ def _in_words(
         f"rope {runtime_options.rotated_dtype}",
         f"{sequences} of {tokens}, prefill chunk {limits.prefill_chunk}{decay}, "
         f"kernels {options.kernels} on {runtime.platform()}",
-        f"memory: weights {gib['weights']} GiB, {limits.max_num_seqs} slots "
-        f"{gib['recurrent_state']} GiB, {pages} {gib['pages']} GiB, temporaries about "
-        f"{gib['temporaries']} GiB",
     )
+
+
+def _memory_in_words(plan: MemoryPlan) -> str:
+    """What is about to be allocated: bytes, slots and pages."""
+    limits = plan.limits
+    full = limits.max_num_seqs * limits.pages_a_sequence
+    slots = f"{limits.max_num_seqs} slot{'s' * (limits.max_num_seqs != 1)}"
+    pages = f"{limits.num_pages} page{'s' * (limits.num_pages != 1)}"
+    pages += f" of {full}" * (limits.num_pages < full)
+    weights, recurrent, cache, temporaries = (
+        f"{size / 1e6:,.1f} MB" for size in plan.needs.values()
+    )
+    return f"weights {weights}, {slots} {recurrent}, {pages} {cache}, temporaries ~{temporaries}"

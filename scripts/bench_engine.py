@@ -23,10 +23,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bailing_jax  # isort: skip  before jax: it sets a flag of XLA's
+
 import jax
 import numpy as np
 
-import bailing_jax  # before jax: it sets a flag of XLA's
 from bailing_jax import LLM, SamplingParams
 from bailing_jax.batch import pack
 from bailing_jax.engine import sampler

@@ -14,11 +14,7 @@ from tiny_models import LATENT, LINEAR, tiny_llm
 
 from bailing_jax import SamplingParams
 from bailing_jax.engine.engine import Engine
-from bailing_jax.engine_options import EXACT_SCHEDULING
 
-pytestmark = pytest.mark.skipif(
-    not EXACT_SCHEDULING, reason="the scheduler does not keep to exact mode's two calls yet"
-)
 CHUNK, REQUESTS = 16, 20
 
 

@@ -181,7 +181,8 @@ def as_text(needs: DryRun) -> str:
 
 def _places(needs: DryRun) -> str:
     """Slots and pages, and whether requests may have to give way to each other."""
-    text = f"{needs.slots} slots, {needs.pages} pages"
+    text = f"{needs.slots} slot{'s' * (needs.slots != 1)}, "
+    text += f"{needs.pages} page{'s' * (needs.pages != 1)}"
     if needs.pages < needs.pages_wanted:
         text += f" of {needs.pages_wanted}: when they run out, the youngest request is put off"
     return text

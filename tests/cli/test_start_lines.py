@@ -8,8 +8,10 @@ import pytest
 from tiny_models import tiny_llm
 
 from bailing_jax.config import SUPPORTED, ModelConfig
+from bailing_jax.engine.limits import EngineLimits
 from bailing_jax.engine_options import EngineOptions
-from bailing_jax.loading import _in_words
+from bailing_jax.loading import _in_words, _memory_in_words
+from bailing_jax.memory import MemoryPlan
 from bailing_jax.presets import PRESETS, Preset
 
 WIDTH = 100
@@ -37,6 +39,18 @@ def test_no_line_is_longer_than_a_terminal_is_wide(preset: Preset) -> None:
     decay = "" if config.lightning is None else ", decay layer offset 0"
     sizes = f"1024 sequences of {config.max_positions} tokens, prefill chunk 16384{decay}"
     assert lines[1].startswith(f"{sizes}, kernels reference on ")
+
+
+def test_the_memory_line_names_slots_and_pages_and_fits_too() -> None:
+    limits = EngineLimits(1024, 2**18, 64, 64, max_num_pages=1234567)
+    size = 999_999_900_000
+    names = ("weights", "recurrent_state", "pages", "temporaries")
+    plan = MemoryPlan(
+        limits, limits.state_spec("bfloat16", "float32"), dict.fromkeys(names, size), None, None
+    )
+    line = _memory_in_words(plan)
+    assert "1024 slots 999,999.9 MB, 1234567 pages of 4194304 999,999.9 MB" in line
+    assert len(line) <= WIDTH + 20  # a line of a million pages may wrap
 
 
 @pytest.mark.parametrize(
