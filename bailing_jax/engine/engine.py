@@ -265,7 +265,8 @@ class Engine:
             if several or sequence.num_computed == len(sequence.tokens)
         }
         entries: list[dict[int, float] | None] = [None] * len(wanting)
-        if any(sampler.needs_host(request.params) for request in wanting.values()):
+        asking = [row for row, r in wanting.items() if sampler.needs_host(r.params)]
+        if asking:
             choices = [request.choice() for request in wanting.values()]
             refined = self._programs.refine(
                 result.logits,
@@ -274,7 +275,8 @@ class Engine:
                 knobs,
                 layout.positions[layout.logit_rows] + 1,
             )
-            tokens = np.asarray(refined.tokens)[None]
+            # The others keep the step's own choice, whatever a neighbour asks for.
+            tokens[0, asking] = np.asarray(refined.tokens)[asking]
             counts = [request.params.logprobs for request in wanting.values()]
             entries = sampler.logprobs(refined, list(wanting), counts)
         for step in tokens[: plan.num_steps].tolist():
