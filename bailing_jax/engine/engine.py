@@ -265,8 +265,7 @@ class Engine:
             if several or sequence.num_computed == len(sequence.tokens)
         }
         entries: list[dict[int, float] | None] = [None] * len(wanting)
-        asking = [row for row, r in wanting.items() if sampler.needs_host(r.params)]
-        if asking:
+        if any(sampler.needs_host(request.params) for request in wanting.values()):
             choices = [request.choice() for request in wanting.values()]
             refined = self._programs.refine(
                 result.logits,
@@ -275,8 +274,7 @@ class Engine:
                 knobs,
                 layout.positions[layout.logit_rows] + 1,
             )
-            # The others keep the step's own choice, whatever a neighbour asks for.
-            tokens[0, asking] = np.asarray(refined.tokens)[asking]
+            tokens = np.asarray(refined.tokens)[None]
             counts = [request.params.logprobs for request in wanting.values()]
             entries = sampler.logprobs(refined, list(wanting), counts)
         for step in tokens[: plan.num_steps].tolist():

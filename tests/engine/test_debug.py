@@ -212,7 +212,7 @@ def test_r037_a_step_that_writes_a_slot_not_in_it(world: World, slot: int) -> No
 
 
 @pytest.mark.parametrize(("whose", "row"), [(0, 0), (2, 1), (None, 0)])
-def test_r054_a_step_that_writes_a_page_row_behind_it(
+def test_a_step_that_writes_a_page_row_behind_it(
     world: World, whose: int | None, row: int
 ) -> None:
     """A token folded in long ago, a parked request's page, a free page."""
@@ -249,7 +249,7 @@ def test_r012_old_content_that_reaches_a_fresh_sequence(world: World) -> None:
 
 
 @pytest.mark.parametrize("by", [-1, 1])
-def test_r061_a_counter_that_ran_ahead_or_behind(world: World, by: int) -> None:
+def test_a_counter_that_ran_ahead_or_behind(world: World, by: int) -> None:
     a, _, _ = world.running
     world.step(world.plan([], [(a, 3)]))
     a.num_computed += by

@@ -232,7 +232,7 @@ def test_while_others_wait_no_row_idles_at_its_end() -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_r074_tokens_behind_a_stop_are_dropped(known: bool) -> None:
+def test_tokens_behind_a_stop_are_dropped(known: bool) -> None:
     """Whether the device knows the stop or only the listener does (as with stop strings)."""
     want = alone([5, 6], 20)
     stop = want[4]
