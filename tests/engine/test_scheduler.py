@@ -254,7 +254,7 @@ def test_r032_admission_counts_pages_of_the_tokens_and_one_to_grow_for_each() ->
 # Running out of pages.
 
 
-def test_r079_the_youngest_gives_way_and_comes_back_to_its_place() -> None:
+def test_the_youngest_stands_still_rather_than_drive_out_an_older_one() -> None:
     """Three that grow to 4 pages each in a pool of 7; all are 5 tokens long to begin with."""
     clients = Clients(num_slots=3, num_pages=7, budget=16, max_segments=3)
     for _ in range(3):
@@ -271,6 +271,18 @@ def test_r079_the_youngest_gives_way_and_comes_back_to_its_place() -> None:
     assert (len(one.pages.pages), len(two.pages.pages)) == (4, 3)  # pyright: ignore
     clients.run()
     assert clients.ended == [1, 2, 3]
+
+
+def test_r083_the_oldest_never_gives_way() -> None:
+    """Both run on 3 of 6 pages when the first wants its fourth: the second has to go."""
+    clients = Clients(num_slots=2, num_pages=6, budget=16)
+    for _ in range(2):
+        clients.submit(5, 11)
+    clients.step()
+    one, two = (client.sequence for client in clients.alive.values())
+    clients.run()
+    assert (one.num_preempted, two.num_preempted) == (0, 1)
+    assert clients.ended == [1, 2]
 
 
 def test_r081_a_resumed_request_computes_prompt_and_answer_again() -> None:
