@@ -140,7 +140,8 @@ def _evaluate(job: Job, package: Path, num: int, seed: int) -> Result:
 
 def _python(package: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Python on the packages in this folder, whatever else is installed."""
-    environment = {**os.environ, "PYTHONPATH": str(package)}
+    # Debug mode would end the planted run at its second step instead of letting it rot.
+    environment = {**os.environ, "PYTHONPATH": str(package), "BAILING_DEBUG": "0"}
     return subprocess.run(
         [sys.executable, *arguments], cwd=package, env=environment, text=True,
         capture_output=True, check=False,

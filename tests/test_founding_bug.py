@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import founding_bug
-import pytest
 from founding_bug import Job, Result
 from planting import PACKAGES, copy_of_project, plant, read_bugs
 
@@ -74,18 +71,3 @@ def test_the_swap_is_in_the_copy_only() -> None:
     assert planted != before
     assert not copy.exists()
     assert (Path(__file__).parents[1] / "bailing_jax" / "batch.py").read_text() == before
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_the_planted_package_runs_and_rots_in_company_only() -> None:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--quick", "--json"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    runs = {(run["package"], run["concurrency"], run["exact"]): run
-            for run in json.loads(done.stdout)["runs"]}  # fmt: skip
-    num = founding_bug.QUICK_NUM
-    assert runs["planted", 1, False]["same_as_alone"] == num
-    assert runs["healthy", founding_bug.QUICK_CONCURRENCY, False]["same_as_alone"] >= num - 1
-    assert runs["planted", founding_bug.QUICK_CONCURRENCY, False]["same_as_alone"] <= num - 2

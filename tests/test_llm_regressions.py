@@ -21,7 +21,7 @@ def test_r044_warming_up_and_fifty_requests_leave_no_trace() -> None:
     params = greedy(6, ignore_eos=True, logprobs=3)
     want = said(linear_llm().generate(PROMPTS, params))
     llm = tiny_llm()
-    llm.warm_up_all(params, lambda _line: None)
+    llm.warm_up_all(lambda _line: None)
     assert said(llm.generate(PROMPTS, params)) == want
     for i in range(50):
         llm.generate([i] * (1 + i), greedy(1 + i % 5))

@@ -53,7 +53,7 @@ def check(
     lines = err.splitlines()
     assert lines[0].startswith("error: ")
     assert says in lines[0]
-    assert len(lines) <= (5 if code == EXIT_DOES_NOT_FIT else 2)
+    assert len(lines) <= (6 if code == EXIT_DOES_NOT_FIT else 2)
     assert max(map(len, lines)) < 300
     if len(lines) == 1:
         assert any(word in err for word in NO_HINT)
