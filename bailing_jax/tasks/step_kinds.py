@@ -9,6 +9,10 @@ the answer. Placeholders:
     q  a person met earlier who has an amount     n     the number of the step
     oh, ph, qh  the word her or his for them      then  nothing, "Then " or a like word
     thing  something to pay for                   calc  a op b = <<a op b=result>>result
+    told  in a reason, the wording as the question has it, without the full stop
+
+A reason starts from what it needs: it says again how two people compare, or what an earlier person
+has, and then calculates. Nobody has to hold both in mind.
 """
 
 from __future__ import annotations
@@ -74,25 +78,25 @@ _SAME = (
         "{then}{o} splits {oh} {w} into {n} equal groups and keeps only one group.",
         "{then}{o} divides {oh} {w} into {n} equal parts and gives away all parts but one.",
     )),
-    Kind("combine", "+", EARLIER, 9, "{o} now has {calc} {w}.", (
+    Kind("combine", "+", EARLIER, 9, "{q} has {n} {w}, so {o} now has {calc} {w}.", (
         "{then}{q} gives all {qh} {w} to {o}.",
         "{then}{o} gets all the {w} from {q}.",
     )),
-    Kind("match", "+", EARLIER, 6, "{o} now has {calc} {w}.", (
+    Kind("match", "+", EARLIER, 6, "{q} has {n} {w}, so {o} now has {calc} {w}.", (
         "{then}{o} gets as many additional {w} as {q} has.",
     )),
-    Kind("take", "-", EARLIER, 6, "{o} has {calc} {w} left.", (
+    Kind("take", "-", EARLIER, 6, "{q} has {n} {w}, so {o} has {calc} {w} left.", (
         "{then}{o} gives away as many {w} as {q} has.",
         "{then}{o} loses as many {w} as {q} has.",
     )),
 )  # fmt: skip
 
 _OTHER_PERSON = (
-    Kind("more", "+", NUMBER, 4, "{p} has {calc} {w}.", (
+    Kind("more", "+", NUMBER, 4, "{told}, so {p} has {calc} {w}.", (
         "{p} has {n} more {w} than {o}.",
         "{o} has {n} fewer {w} than {p}.",
     ), new_owner=True),
-    Kind("fewer", "-", NUMBER, 4, "{p} has {calc} {w}.", (
+    Kind("fewer", "-", NUMBER, 4, "{told}, so {p} has {calc} {w}.", (
         "{p} has {n} fewer {w} than {o}.",
         "{o} has {n} more {w} than {p}.",
     ), new_owner=True),

@@ -164,8 +164,9 @@ def _told(
             "n": b, "then": pick(CONNECTIVES, random), "thing": pick(THINGS, random),
             "calc": f"{left} {kind.op} {right} = <<{left}{kind.op}{right}={result}>>{result}",
         }  # fmt: skip
-        question.append(pick(wordings, random).format_map(fields))
-        lines.append(kind.reason.format_map(fields))
+        told = pick(wordings, random).format_map(fields)
+        question.append(told)
+        lines.append(kind.reason.format_map({**fields, "told": told.removesuffix(".")}))
     last = names[plan.owners[-1]]
     question.append(pick(ASKED, random).format(w=nouns[-1].plural, o=last))
     return WordProblem(

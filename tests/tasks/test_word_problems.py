@@ -22,7 +22,12 @@ from bailing_jax.tasks.word_problems import (
     word_problem,
 )
 
-LINE = re.compile(r"[A-Z][a-z]+ [a-z ]+ (\d+) ([-+*/]) (\d+) = <<(.*)>>(\d+) [a-z ]+\.")
+# A line may begin with what it needs: how two people compare, or what an earlier person has.
+LINE = re.compile(
+    r"(?:(?P<fact>[^,]+), so )?(?P<name>[A-Z][a-z]+) (?:now )?(?:has|keeps|gets|fills|buys) "
+    r"(?P<left>\d+) (?P<sign>[-+*/]) (?P<right>\d+) = <<(?P<inner>.*)>>(?P<result>\d+) "
+    r"(?P<unit>[a-z]+)(?: left)?\."
+)
 CALCULATE = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
@@ -34,8 +39,9 @@ CONSTANTS = {"half": 2, "third": 3, "quarter": 4, "double": 2, "triple": 3}
 # Steps with a small factor, which multiply or divide.
 FACTOR_STEPS = {"piles", "times", "rooms", "rate", "share", "pack", "trade", "sell", "buy"}
 EARLIER_STEPS = {"combine", "match", "take"}
+COMPARISONS = {"more", "fewer"}
 # Changes with every word of a problem: models trained before it then saw other problems.
-DIGEST = "95a8b4ef72679834b4cc799bc71301e4fc104c942ef20ba14c07a3508ce019f8"
+DIGEST = "432705635581d53fb86e8638d63daa3f2a138811fdc591c00b4f93098c34298e"
 DIGEST_CODE = """
 import hashlib
 from bailing_jax.tasks.word_problems import word_problem
@@ -61,15 +67,20 @@ def both(train: list[WordProblem], test: list[WordProblem]) -> list[WordProblem]
 
 def calculations(problem: WordProblem) -> list[tuple[int, str, int, int]]:
     """(left, sign, right, result) of each line of the answer but the last."""
-    *lines, _ = problem.answer.split("\n")
     found = []
-    for line in lines:
-        match = LINE.fullmatch(line)
-        assert match, line
-        left, sign, right, inner, result = match.groups()
-        assert inner == f"{left}{sign}{right}={result}"
+    for match in lines(problem):
+        left, sign, right, result = match.group("left", "sign", "right", "result")
+        assert match["inner"] == f"{left}{sign}{right}={result}"
         found.append((int(left), sign, int(right), int(result)))
     return found
+
+
+def lines(problem: WordProblem) -> list[re.Match[str]]:
+    """The lines of the answer but the last, as `LINE` reads them."""
+    *written, _ = problem.answer.split("\n")
+    matches = [LINE.fullmatch(line) for line in written]
+    assert all(matches), written
+    return [match for match in matches if match]
 
 
 def test_reading_the_question_gives_the_result(both: list[WordProblem]) -> None:
@@ -83,6 +94,26 @@ def test_every_calculation_holds(both: list[WordProblem]) -> None:
         assert len(done) == len(problem.steps)
         for left, sign, right, result in done:
             assert CALCULATE[sign](left, right) == result
+
+
+def test_what_a_line_begins_with_is_true(both: list[WordProblem]) -> None:
+    seen: collections.Counter[str] = collections.Counter()
+    for problem in both:
+        owner = next(word for word in re.findall("[A-Z][a-z]+", problem.question) if word in NAMES)
+        has = {owner: str(problem.numbers[0])}
+        for kind, line in zip(problem.steps, lines(problem), strict=True):
+            assert bool(line["fact"]) == (kind in EARLIER_STEPS | COMPARISONS)
+            if kind in COMPARISONS:
+                assert re.search(rf"[.] {line['fact']}[.] ", problem.question), line
+            elif line["fact"]:
+                earlier, amount = re.fullmatch(
+                    rf"([A-Z][a-z]+) has (\d+) {line['unit']}", line["fact"]
+                ).groups()  # type: ignore[union-attr]
+                assert earlier != line["name"]
+                assert has[earlier] == amount == line["right"]
+            has[line["name"]] = line["result"]
+            seen[kind] += 1
+    assert min(seen[kind] for kind in EARLIER_STEPS | COMPARISONS) > 500
 
 
 def test_operands_come_from_the_text_or_from_results_before(both: list[WordProblem]) -> None:
