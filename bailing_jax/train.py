@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--output", metavar="DIR", required=True, help="the run; goes on if begun")
     run.add_argument(
         "--data", metavar="NAME[=SHARE]", required=True, action="append",
-        help="word-problems, recall, or a JSONL file (repeatable)",
+        help="word-problems, problem-runs, recall, or a JSONL file (repeatable)",
     )  # fmt: skip
     run.add_argument("--from-scratch", action="store_true", help="random weights in any case")
     run.add_argument(

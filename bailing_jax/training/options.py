@@ -19,7 +19,7 @@ class DataShare:
     """A source of samples and its share of the rows and of the loss.
 
     Attributes:
-        name: "word-problems", "recall", or a JSONL file.
+        name: "word-problems", "problem-runs", "recall", or a JSONL file.
         share: positive; shares are normalised to sum to 1.
     """
 

@@ -24,6 +24,8 @@ from bailing_jax.text.chat import ChatTemplate
 from bailing_jax.text.tokenizer import Tokenizer
 
 _FACT = re.compile(r"The code word of (\w+) is ([\w-]+)\.")
+_LONGEST_RUN = 5
+_RUNS_FROM = 1 << 50  # beyond every index that another source asks for
 _QUESTION, _ANSWER, _FOLLOW_UP = "\ue000", "\ue001", "\ue002"
 
 
@@ -113,6 +115,16 @@ class Chat:
             lambda text: len(tokenizer.encode(text))
         )
 
+    def text(self, pieces: Sequence[tuple[str, bool]]) -> Sample:
+        """Plain text of (piece, whether it is an answer) pairs, without the template."""
+        tokens: list[int] = []
+        weights: list[float] = []
+        for piece, is_answer in pieces:
+            ids = self.tokenizer.encode(piece)
+            tokens += ids
+            weights += [1.0 if is_answer else self._prompt_loss] * len(ids)
+        return _sample(tokens, weights)
+
     def sample(self, exchanges: Sequence[tuple[str, str]]) -> Sample:
         """A conversation of (question, answer) pairs; answers and turn ends weigh 1."""
         tokens: list[int] = []
@@ -137,6 +149,32 @@ class WordProblems:
         """See `Source`."""
         problem = word_problem(self._seed, index, "train")
         return self._chat.sample([(problem.question, problem.answer)])
+
+
+class ProblemRuns:
+    """Word problems of the training split in a row, as turns of a conversation or as plain text.
+
+    So that a model answers a second question too, and is not surprised by a text that goes on.
+    """
+
+    def __init__(self, chat: Chat, seed: int) -> None:
+        self._chat, self._seed = chat, seed
+
+    def sample(self, index: int) -> Sample:
+        """See `Source`."""
+        rng = random.Random(f"problem run {self._seed} {index}")
+        # Other problems than those of `WordProblems` with the same seed.
+        first = _RUNS_FROM + index * _LONGEST_RUN
+        problems = [
+            word_problem(self._seed, first + i, "train")
+            for i in range(rng.randint(2, _LONGEST_RUN))
+        ]
+        if rng.random() < 1 / 2:
+            return self._chat.sample([(problem.question, problem.answer) for problem in problems])
+        # Cut where the tokenizer cuts too.
+        pieces = ((text, text is problem.answer) for problem in problems
+                  for text in (problem.question, "\n", problem.answer, "\n", "\n"))  # fmt: skip
+        return self._chat.text(list(pieces))
 
 
 class Recall:
@@ -227,7 +265,7 @@ def _bad_line(path: Path, number: int, problem: str) -> UserError:
     return UserError(f"{path}, line {number}: {problem}", "Correct the line.", EXIT_USAGE)
 
 
-BUILT_IN = {"word-problems": WordProblems, "recall": Recall}
+BUILT_IN = {"word-problems": WordProblems, "problem-runs": ProblemRuns, "recall": Recall}
 
 
 @dataclass(frozen=True)

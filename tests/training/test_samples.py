@@ -99,6 +99,32 @@ def test_tasks_come_from_the_training_split(folder, tokenizer):
     assert answers(sample, tokenizer) == word_problem(5, 17, "train").answer + "|"
 
 
+def test_problems_in_a_row_are_turns_or_plain_text(folder, tokenizer):
+    source = open_source(spec_of(folder, "problem-runs"))
+    lengths, kinds = set(), set()
+    for index in range(24):
+        sample = source.sample(index)
+        is_chat = sample.tokens[0] in tokenizer.special_ids
+        whole = answers(sample, tokenizer)
+        if is_chat:
+            written = whole.removesuffix("|").split("|")
+        else:
+            assert not set(sample.tokens.tolist()) & set(tokenizer.special_ids)
+            text = tokenizer.decode(sample.tokens.tolist())
+            blocks = text.removesuffix("\n\n").split("\n\n")
+            written = [block.partition("\n")[2] for block in blocks]
+            assert whole == "".join(written)
+        first = (1 << 50) + 5 * index
+        problems = [word_problem(5, first + i, "train") for i in range(len(written))]
+        assert written == [problem.answer for problem in problems]
+        if not is_chat:
+            assert blocks == [f"{p.question}\n{p.answer}" for p in problems]
+        lengths.add(len(written))
+        kinds.add(is_chat)
+    assert lengths == {2, 3, 4, 5}
+    assert kinds == {True, False}
+
+
 def test_every_code_word_is_asked_for(folder, tokenizer):
     """First the problem's own, then those of everyone else it names."""
     several = 0
