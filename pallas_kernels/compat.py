@@ -98,6 +98,13 @@ def has_mosaic_gpu() -> bool:
     return jax.__version_info__ >= _MOSAIC_GPU_SINCE
 
 
+def mosaic_gpu() -> Any:
+    """The module of Mosaic GPU; untyped, as its names move between releases."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu
+
+
 def why_no_mosaic_gpu() -> str | None:
     """Why Mosaic GPU kernels can't run here, or None: they need a Hopper GPU and a newer jax."""
     if not has_mosaic_gpu():
@@ -110,7 +117,7 @@ def why_no_mosaic_gpu() -> str | None:
     # ROCm devices have no such attribute, or an empty one.
     capability = str(getattr(device, "compute_capability", ""))
     if not capability.startswith("9."):
-        return f"needs a GPU of compute capability 9 (Hopper), {device.device_kind} has {capability}"
+        return f"needs a Hopper GPU (compute capability 9), {device.device_kind} has {capability}"
     return None
 
 
@@ -121,8 +128,7 @@ def interpret_mosaic_gpu(*, detect_races: bool = False) -> Iterator[None]:
     The interpreter knows shared memory, barriers, copies and several warpgroups; it knows nothing
     of registers, layouts and alignment, which lowering checks.
     """
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    plgpu = mosaic_gpu()
     token = _interpreting_mosaic_gpu.set(True)
     try:
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
@@ -138,8 +144,7 @@ def is_interpreting_mosaic_gpu() -> bool:
 
 def store_from_registers(ref: Any, value: jax.Array) -> None:
     """Registers of a Mosaic GPU kernel to global memory, whatever lines a warp's lanes fill."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    plgpu = mosaic_gpu()
     if hasattr(plgpu, "store"):
         # jax 0.12 wants it said aloud where a warp does not fill whole lines of 128 bytes.
         plgpu.store(ref, value, optimized=False)

@@ -25,7 +25,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
-from pallas_kernels.lightning_attention.gpu_work import ALIGNED_ROWS, Cut, Work, locate
+from pallas_kernels.lightning_attention.gpu_work import (
+    ALIGNED_ROWS,
+    Cut,
+    Work,
+    locate,
+    piece_rows,
+)
+
+plgpu = compat.mosaic_gpu()
 
 # Columns of V a block, and rows a warpgroup: the size of one wgmma tile.
 COLUMNS = ROWS = 64
@@ -39,13 +47,23 @@ _COPIES = (64, 32, 16, 8, 4, 2, 1)
 
 
 class Plan(NamedTuple):
-    """Static sizes: warpgroups that compute, and chunks in shared memory at once."""
+    """Static sizes: warpgroups that compute, and chunks in shared memory at once.
+
+    `scale` multiplies outputs, `value_scale` v. `reverse` runs from the last row to the first:
+
+        E_i = exp(g) (E_{i+1} + ...) carried, o_i = scale (E_{i+1} + k_i v_i^T)^T q_i
+
+    the recurrence of gradients, in which a row is not forgotten before it is read.
+    """
 
     heads: int
     key_dim: int
     parts: int
     groups: int
     stages: int
+    scale: float = 1.0
+    value_scale: float = 1.0
+    reverse: bool = False
 
     @property
     def chunk(self) -> int:
@@ -101,8 +119,6 @@ def find_place(plan: Plan, cut: Cut, tables: Tables) -> Place:
 
 def feed(plan: Plan, place: Place, sources, full, done) -> None:
     """Start the copies of every chunk; `sources` are (global rows -> reference, shared buffer)."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     count = place.steps.count
 
     @pl.loop(0, count)
@@ -113,7 +129,7 @@ def feed(plan: Plan, place: Place, sources, full, done) -> None:
         def _():
             plgpu.barrier_wait(done.at[stage])
 
-        start = pl.multiple_of(place.work.start + c * place.steps.stride, ALIGNED_ROWS)
+        start = pl.multiple_of(chunk_at(plan, place, c).first_row, ALIGNED_ROWS)
         for source, target in sources:
             rows = source(pl.ds(start, plan.chunk))
             plgpu.copy_gmem_to_smem(rows, target.at[stage], full.at[stage])
@@ -125,26 +141,35 @@ def feed(plan: Plan, place: Place, sources, full, done) -> None:
 
 
 class Chunk(NamedTuple):
-    """Chunk c of a warpgroup: the segment's rows are lo <= row < hi of it."""
+    """The c-th chunk of a block's work: the segment's rows are lo <= row < hi of it.
+
+    `before` and `after` are how many tokens the state decays to come onto the chunk's scale, and
+    from it to the next chunk.
+    """
 
     number: jax.Array
     first_row: jax.Array
     lo: jax.Array
     hi: jax.Array
+    before: jax.Array
+    after: jax.Array
 
 
-def chunk_at(place: Place, c: jax.Array) -> Chunk:
-    """Its rows of the segment, without its neighbours'."""
-    first_row = place.work.start + c * place.steps.stride
-    lo = jnp.maximum(place.work.begin - first_row, 0)
-    hi = jnp.minimum(place.work.end - first_row, place.steps.stride)
-    return Chunk(c, first_row, lo, hi)
+def chunk_at(plan: Plan, place: Place, c: jax.Array) -> Chunk:
+    """Chunk c in the order of the walk."""
+    work, steps = place.work, place.steps
+    index = steps.count - 1 - c if plan.reverse else c
+    first_row = work.start + index * steps.stride
+    lo = jnp.maximum(work.begin - first_row, 0)
+    hi = jnp.minimum(work.end - first_row, steps.stride)
+    before, after = steps.middle + 1 - lo, hi - 1 - steps.middle
+    if plan.reverse:
+        before, after = after, before
+    return Chunk(c, first_row, lo, hi, before, after)
 
 
 def clear_keys(plan: Plan, chunk: Chunk, group: int, k_shared) -> None:
     """Zero a warpgroup's rows of k that are not the segment's: they may hold NaN."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     rows = chunk.number % plan.stages, pl.ds(group * ROWS, ROWS)
 
     @pl.when((chunk.lo > 0) | (chunk.hi < plan.chunk))
@@ -155,10 +180,8 @@ def clear_keys(plan: Plan, chunk: Chunk, group: int, k_shared) -> None:
 
 def weigh_values(plan: Plan, steps: Steps, chunk: Chunk, group: int, v_shared) -> None:
     """v of a warpgroup's rows onto the chunk's scale, in place; rows of others to zero."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     rows = chunk.number % plan.stages, pl.ds(group * ROWS, ROWS)
-    weight = jnp.exp2(steps.log2_decay * (steps.middle - _rows_of(group)).astype(jnp.float32))
+    weight = jnp.exp2(-steps.log2_decay * _distance(plan, steps, group)) * plan.value_scale
     v = plgpu.load(v_shared.at[rows], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
     v = v * lax.broadcast_in_dim(weight, v.shape, (0,))
     # A select, not a product: a neighbour's rows may hold NaN.
@@ -172,14 +195,12 @@ def scale_state(steps: Steps, exponent: jax.Array, s: jax.Array) -> jax.Array:
 
 def sum_pieces(plan: Plan, cut: Cut, k_ref, v_ref, *refs, shared) -> None:
     """Each piece's own k^T w from zero; for a segment's last piece, what it starts from instead."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     *tables, pool_ref, sums_ref = refs
     tables = Tables(*tables)
     place = find_place(plan, cut, tables)
     work, head, steps = place.work, place.head, place.steps
     is_cut = (work.pieces > 1) & (work.slot != 0)
-    is_last = work.piece == work.pieces - 1
+    is_last = _is_last(plan, work)
 
     def feeder():
         @pl.when(is_cut & ~is_last)
@@ -193,9 +214,9 @@ def sum_pieces(plan: Plan, cut: Cut, k_ref, v_ref, *refs, shared) -> None:
         target = sums_ref.at[work.rank + work.piece, head, state_rows, place.columns]
 
         def step(c, s):
-            chunk = chunk_at(place, c)
+            chunk = chunk_at(plan, place, c)
             stage = c % plan.stages
-            s = scale_state(steps, steps.middle + 1 - chunk.lo, s)
+            s = scale_state(steps, chunk.before, s)
             plgpu.barrier_wait(shared["full"].at[stage])
             clear_keys(plan, chunk, group, shared["k"])
             weigh_values(plan, steps, chunk, group, shared["v"])
@@ -209,7 +230,7 @@ def sum_pieces(plan: Plan, cut: Cut, k_ref, v_ref, *refs, shared) -> None:
 
             s = s + pl.run_scoped(product, plgpu.ACC((plan.state_rows, COLUMNS), jnp.float32))
             plgpu.barrier_arrive(shared["done"].at[stage])
-            return scale_state(steps, chunk.hi - 1 - steps.middle, s)
+            return scale_state(steps, chunk.after, s)
 
         @pl.when(is_cut & ~is_last)
         def _():
@@ -225,12 +246,10 @@ def sum_pieces(plan: Plan, cut: Cut, k_ref, v_ref, *refs, shared) -> None:
     in_roles(plan, feeder, compute)
 
 
-def fold_segments(plan: Plan, cut: Cut, scale: float, q_ref, k_ref, v_ref, *refs, shared) -> None:
+def fold_segments(plan: Plan, cut: Cut, q_ref, k_ref, v_ref, *refs, shared) -> None:
     """Outputs of every row, and each segment's state from its slot to its slot."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     tables, (pool_ref, o_ref) = Tables(*refs[:4]), refs[-2:]
-    sums_ref = refs[4] if cut.span else None
+    sums_ref: Any = refs[4] if cut.span else None
     place = find_place(plan, cut, tables)
     work, head, steps = place.work, place.head, place.steps
     has_rows = work.end > work.begin
@@ -256,28 +275,20 @@ def fold_segments(plan: Plan, cut: Cut, scale: float, q_ref, k_ref, v_ref, *refs
                 return from_slot()
 
             def from_pieces():
-                def sum_of(piece):
-                    part = sums_ref.at[work.rank + piece, head, state_rows, place.columns]
-                    return _load_state(plan, part)
-
-                def then(piece, s):
-                    first = work.first_row % ALIGNED_ROWS
-                    length = cut.span - jnp.where(piece == 0, first, 0)
-                    return scale_state(steps, length, s) + sum_of(piece)
-
-                return lax.fori_loop(0, work.piece, then, sum_of(work.pieces - 1))
+                return _sum_before(
+                    plan, cut, place, sums_ref.at[:, head, state_rows, place.columns]
+                )
 
             return lax.cond(work.pieces > 1, from_pieces, from_slot)
 
         def step(c, s):
-            chunk = chunk_at(place, c)
-            s = scale_state(steps, steps.middle + 1 - chunk.lo, s)
+            chunk = chunk_at(plan, place, c)
+            s = scale_state(steps, chunk.before, s)
             plgpu.barrier_wait(shared["full"].at[c % plan.stages])
             scores = _scores(plan, steps, chunk, group, s, shared)
 
             def put(o):
-                back = (_rows_of(group) - steps.middle).astype(jnp.float32)
-                weight = jnp.exp2(steps.log2_decay * back) * scale
+                weight = jnp.exp2(steps.log2_decay * _distance(plan, steps, group)) * plan.scale
                 o = o * lax.broadcast_in_dim(weight, o.shape, (0,))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 shared["o"][group] = o.astype(o_ref.dtype)
@@ -286,13 +297,13 @@ def fold_segments(plan: Plan, cut: Cut, scale: float, q_ref, k_ref, v_ref, *refs
 
             s = _products(plan, chunk, group, scores, s, put, shared)
             plgpu.barrier_arrive(shared["done"].at[c % plan.stages])
-            return scale_state(steps, chunk.hi - 1 - steps.middle, s)
+            return scale_state(steps, chunk.after, s)
 
         @pl.when(runs)
         def _():
             s = lax.fori_loop(0, steps.count, step, start())
 
-            @pl.when(work.piece == work.pieces - 1)
+            @pl.when(_is_last(plan, work))
             def _():
                 compat.store_from_registers(slot_state, s.astype(pool_ref.dtype))
 
@@ -304,7 +315,7 @@ def fold_segments(plan: Plan, cut: Cut, scale: float, q_ref, k_ref, v_ref, *refs
 
             @pl.loop(0, steps.count)
             def _(c):
-                _store_rows(chunk_at(place, c), group, place, shared["o"], o_ref)
+                _store_rows(chunk_at(plan, place, c), group, place, shared["o"], o_ref)
 
         plgpu.wait_smem_to_gmem(0)
 
@@ -314,16 +325,14 @@ def fold_segments(plan: Plan, cut: Cut, scale: float, q_ref, k_ref, v_ref, *refs
 def _scores(plan: Plan, steps: Steps, chunk: Chunk, group: int, s: jax.Array, shared):
     """q k^T of the warpgroup's rows, masked, in bfloat16; meanwhile w and S~ go to shared memory.
 
-    Columns beyond the warpgroup's own rows lie in the future and are left out.
+    Columns beyond the warpgroup's own rows are not read yet and left out.
     """
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    stage, seen = chunk.number % plan.stages, (group + 1) * ROWS
+    stage, seen = chunk.number % plan.stages, _seen(plan, group)
     clear_keys(plan, chunk, group, shared["k"])
 
     def product(acc):
-        rows, columns = pl.ds(group * ROWS, ROWS), pl.ds(0, seen)
-        keys = shared["k"].at[stage, columns].transpose((1, 0))
+        rows = pl.ds(group * ROWS, ROWS)
+        keys = shared["k"].at[stage, seen].transpose((1, 0))
         plgpu.wgmma(acc, shared["q"].at[stage, rows], keys)
         weigh_values(plan, steps, chunk, group, shared["v"])
         state_rows = pl.ds(group * plan.state_rows, plan.state_rows)
@@ -333,14 +342,18 @@ def _scores(plan: Plan, steps: Steps, chunk: Chunk, group: int, s: jax.Array, sh
             plgpu.barrier_arrive(shared["met"])
         return acc[...]
 
-    scores = pl.run_scoped(product, plgpu.ACC((ROWS, seen), jnp.float32))
-    row, column = _iota(scores.shape, 0) + group * ROWS, _iota(scores.shape, 1)
-    scores = jnp.where((row >= column) & (column >= chunk.lo), scores, 0).astype(jnp.bfloat16)
+    scores = pl.run_scoped(product, plgpu.ACC((ROWS, seen.size), jnp.float32))
+    row, column = _iota(scores.shape, 0) + group * ROWS, _iota(scores.shape, 1) + seen.start
+    if plan.reverse:
+        is_read = (row <= column) & (column < chunk.hi)
+    else:
+        is_read = (row >= column) & (column >= chunk.lo)
+    scores = jnp.where(is_read, scores, 0).astype(jnp.bfloat16)
     if "scores" in shared:
         # The interpreter multiplies from shared memory only.
-        shared["scores"][group, :, pl.ds(0, seen)] = scores
+        shared["scores"][group, :, seen] = scores
         plgpu.commit_smem()
-        scores = shared["scores"].at[group, :, pl.ds(0, seen)]
+        scores = shared["scores"].at[group, :, seen]
     if plan.groups > 1:
         plgpu.barrier_wait(shared["met"])
     return scores
@@ -348,15 +361,13 @@ def _scores(plan: Plan, steps: Steps, chunk: Chunk, group: int, s: jax.Array, sh
 
 def _products(plan: Plan, chunk: Chunk, group: int, scores, s: jax.Array, put, shared):
     """S~ + k^T w of the warpgroup's rows; `put` takes scores w + q S~ while that is under way."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     stage = chunk.number % plan.stages
     rows = pl.ds(group * ROWS, ROWS)
     state_rows = pl.ds(group * plan.state_rows, plan.state_rows)
 
     def update(s_acc):
         def outputs(o_acc):
-            plgpu.wgmma(o_acc, scores, shared["v"].at[stage, pl.ds(0, (group + 1) * ROWS)])
+            plgpu.wgmma(o_acc, scores, shared["v"].at[stage, _seen(plan, group)])
             plgpu.wgmma(o_acc, shared["q"].at[stage, rows], shared["s"].at[chunk.number % 2])
             keys = shared["k"].at[stage, :, state_rows].transpose((1, 0))
             plgpu.wgmma(s_acc, keys, shared["v"].at[stage])
@@ -369,8 +380,6 @@ def _products(plan: Plan, chunk: Chunk, group: int, scores, s: jax.Array, put, s
 
 def _accumulate(add, start: jax.Array) -> jax.Array:
     """`add(accumulator)` onto `start`."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     if not compat.is_interpreting_mosaic_gpu():
         return pl.run_state(add)(plgpu.ACC.init(start))
 
@@ -384,8 +393,6 @@ def _accumulate(add, start: jax.Array) -> jax.Array:
 
 def _store_rows(chunk: Chunk, group: int, place: Place, o_shared, o_ref) -> None:
     """Start the copies of a warpgroup's rows lo..hi - 1 to their place, in powers of two."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     at = jnp.clip(chunk.lo - group * ROWS, 0, ROWS)
     left = jnp.clip(chunk.hi - group * ROWS, 0, ROWS) - at
     first_row = chunk.first_row + group * ROWS
@@ -403,8 +410,6 @@ def _store_rows(chunk: Chunk, group: int, place: Place, o_shared, o_ref) -> None
 
 def in_roles(plan: Plan, feeder, compute) -> None:
     """Each warpgroup its part: `compute(group)` with a static number, and one feeder."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     group = lax.axis_index("group")
 
     @pl.when(group == plan.groups)
@@ -421,35 +426,55 @@ def in_roles(plan: Plan, feeder, compute) -> None:
 
 
 def _meet(plan: Plan, shared) -> None:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     if plan.groups > 1:
         plgpu.barrier_arrive(shared["met"])
         plgpu.barrier_wait(shared["met"])
 
 
 def _load_state(plan: Plan, ref) -> jax.Array:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
 
 
 def _enter(plan: Plan, is_fresh: jax.Array, slot_state) -> jax.Array:
     """What a segment starts from; a fresh one does not look at what its slot held."""
-    return lax.cond(is_fresh != 0, lambda: _no_state(plan), lambda: _load_state(plan, slot_state))
+    return lax.cond(is_fresh, lambda: _no_state(plan), lambda: _load_state(plan, slot_state))
 
 
 def _no_state(plan: Plan) -> jax.Array:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     nothing = jnp.zeros((plan.state_rows, COLUMNS), jnp.float32)
     return plgpu.layout_cast(nothing, plgpu.Layout.WGMMA)
 
 
 def _iota(shape: tuple[int, int], axis: int) -> jax.Array:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def _sum_before(plan: Plan, cut: Cut, place: Place, sums_ref) -> jax.Array:
+    """The state a piece starts from: the segment's own, and what the pieces before it add."""
+    work = place.work
+
+    def sum_of(piece):
+        return _load_state(plan, sums_ref.at[work.rank + piece])
+
+    def then(step, s):
+        piece = work.pieces - 1 - step if plan.reverse else step
+        _, begin, end = piece_rows(cut, work.first_row, work.last_row, piece)
+        return scale_state(place.steps, end - begin, s) + sum_of(piece)
+
+    last = 0 if plan.reverse else work.pieces - 1
+    before = work.pieces - 1 - work.piece if plan.reverse else work.piece
+    return lax.fori_loop(0, before, then, sum_of(last))
+
+
+def _is_last(plan: Plan, work: Work) -> jax.Array:
+    """Whether a piece is its segment's last in the order of the walk."""
+    return work.piece == (0 if plan.reverse else work.pieces - 1)
+
+
+def _seen(plan: Plan, group: int):
+    """The rows of a chunk that a warpgroup's rows may read."""
+    first, last = (group, plan.groups) if plan.reverse else (0, group + 1)
+    return pl.ds(first * ROWS, (last - first) * ROWS)
 
 
 def _is_ours(chunk: Chunk, group: int, shape: tuple[int, int]) -> jax.Array:
@@ -458,9 +483,8 @@ def _is_ours(chunk: Chunk, group: int, shape: tuple[int, int]) -> jax.Array:
     return (row >= chunk.lo) & (row < chunk.hi)
 
 
-def _rows_of(group: int) -> jax.Array:
-    """The numbers in its chunk of a warpgroup's rows."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    layout = plgpu.Layout.WGMMA.reduce(1)
-    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout) + group * ROWS
+def _distance(plan: Plan, steps: Steps, group: int) -> jax.Array:
+    """How far behind the middle of the chunk, in the order of the walk, a warpgroup's rows lie."""
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+    distance = (row + group * ROWS - steps.middle).astype(jnp.float32)
+    return -distance if plan.reverse else distance

@@ -19,11 +19,12 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
 
+plgpu = compat.mosaic_gpu()
+
 WARPS, LANES = 4, 32
 # State entries a thread holds: more of them keep more loads in flight, fewer leave room for more
 # blocks on a multiprocessor, which pays where few rows give few blocks.
 _ENTRIES, _ENTRIES_FEW_ROWS, _FEW_ROWS = 64, 32, 4
-_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
 class StateTile(NamedTuple):
@@ -38,7 +39,7 @@ class StateTile(NamedTuple):
 
 
 def state_tile(key_dim: int, value_dim: int, entries: int) -> StateTile | None:
-    """The widest tile of at most `entries` a thread, with the widest accesses; None if none fits."""
+    """The widest tile and accesses of at most `entries` a thread, None if none fits."""
     # Sums across warps come in vectors of at most 4.
     for vector in (4, 2):
         for columns in (128, 64, 32, 16, 8):
@@ -51,25 +52,19 @@ def state_tile(key_dim: int, value_dim: int, entries: int) -> StateTile | None:
 
 def register_layout(tile: StateTile):
     """The layout of a [K, columns] array in registers: a warp a group of rows."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     columns, vector, rows = tile
     if rows == 1:
         tiling, warps, lanes = ((WARPS, columns), (vector,)), (-3,), (-2,)
     else:
-        tiling, warps, lanes = ((WARPS * rows, columns), (rows, columns), (vector,)), (-5,), (-3, -2)
-    return plgpu.Layout.TILED(
-        plgpu.Tiling(tiling), warp_dims=warps, lane_dims=lanes, vector_dim=-1
-    )
+        tiling = (WARPS * rows, columns), (rows, columns), (vector,)
+        warps, lanes = (-5,), (-3, -2)
+    return plgpu.Layout.TILED(plgpu.Tiling(tiling), warp_dims=warps, lane_dims=lanes, vector_dim=-1)
 
 
-def supports(q, k, v, log_decay, state, **_) -> str | None:
-    """Why the kernel can't run this call, or None."""
-    reason = compat.why_no_mosaic_gpu()
-    if reason is not None:
-        return reason
-    for name, array in (("q", q), ("k", k), ("v", v), ("state", state)):
-        if jnp.dtype(array.dtype) not in _DTYPES:
+def why_not(q: jax.Array, v: jax.Array, state: jax.Array) -> str | None:
+    """Why the kernel can't run on arrays like these, or None."""
+    for name, array in (("q", q), ("v", v), ("state", state)):
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {array.dtype}, not float32 or bfloat16"
     key_dim, value_dim = state.shape[-2:]
     if state_tile(key_dim, value_dim, _ENTRIES) is None:
@@ -89,8 +84,6 @@ def lightning_decode(
     entries: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.lightning_decode`; `entries` of the state a thread holds at most."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     batch, heads, key_dim = q.shape
     value_dim = v.shape[-1]
     if entries is None:

@@ -18,6 +18,7 @@ the second adds the sums of the pieces before its own to the state it starts fro
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,64 +33,83 @@ from pallas_kernels.lightning_attention.gpu_chunks import (
 )
 from pallas_kernels.lightning_attention.gpu_work import ALIGNED_ROWS, Cut, cut
 
+plgpu = compat.mosaic_gpu()
+
 # Shared memory of a block on Hopper, less what barriers take.
 _SHARED_BYTES = 227 * 1024 - 512
 _MULTIPROCESSORS = 132
 
 
-def make_plan(heads: int, key_dim: int, value_dim: int, groups: int | None = None) -> Plan | None:
+class Segments(NamedTuple):
+    """slots [P] int32, cu_seqlens [P + 1] int32, is_fresh [P] bool."""
+
+    slots: jax.Array
+    cu_seqlens: jax.Array
+    is_fresh: jax.Array
+
+
+class Variant(NamedTuple):
+    """What the recurrence multiplies and which way it runs (`gpu_chunks.Plan`), and tuning.
+
+    `groups` of warpgroups a block (None: by K); `blocks` that one long segment is cut for.
+    """
+
+    scale: float
+    value_scale: float = 1.0
+    reverse: bool = False
+    groups: int | None = None
+    blocks: int = _MULTIPROCESSORS
+
+
+def make_plan(heads: int, key_dim: int, value_dim: int, variant: Variant) -> Plan | None:
     """Two warpgroups where K divides between them, as many stages as fit; None if nothing fits."""
-    groups = groups or (2 if key_dim % (2 * ROWS) == 0 else 1)
+    groups = variant.groups or (2 if key_dim % (2 * ROWS) == 0 else 1)
     chunk = ROWS * groups
     stage = 2 * chunk * (2 * key_dim + COLUMNS)
     fixed = 2 * (2 * key_dim * COLUMNS + chunk * COLUMNS)
     stages = min(3, (_SHARED_BYTES - fixed) // stage)
     if key_dim % (ROWS * groups) or value_dim % COLUMNS or stages < 1:
         return None
-    return Plan(heads, key_dim, value_dim // COLUMNS, groups, stages)
+    return Plan(
+        heads, key_dim, value_dim // COLUMNS, groups, stages,
+        variant.scale, variant.value_scale, variant.reverse,
+    )  # fmt: skip
 
 
-def supports(q, k, v, log_decay, state, **_) -> str | None:
-    """Why the kernel can't run this call, or None."""
-    reason = compat.why_no_mosaic_gpu()
-    if reason is not None:
-        return reason
-    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
-        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: the matrix units want bfloat16"
-    key_dim, value_dim = state.shape[-2:]
-    if make_plan(state.shape[1], key_dim, value_dim) is None:
+def why_not(q: jax.Array, v: jax.Array, state: jax.Array) -> str | None:
+    """Why the kernel can't run on arrays like these, or None."""
+    if q.dtype != jnp.bfloat16 or v.dtype != jnp.bfloat16:
+        return f"q is {q.dtype} and v {v.dtype}: the matrix units take bfloat16"
+    heads, key_dim, value_dim = state.shape[1:]
+    if make_plan(heads, key_dim, value_dim, Variant(scale=1.0)) is None:
         return f"key dim {key_dim} and value dim {value_dim}: want multiples of 64, keys up to 256"
     return None
 
 
-def lightning_prefill(
+def run(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     log_decay: jax.Array,
     state: jax.Array,
-    *,
-    slots: jax.Array,
-    cu_seqlens: jax.Array,
-    is_fresh: jax.Array,
-    scale: float,
-    chunk_size: int = 0,
-    groups: int | None = None,
-    wanted_blocks: int = _MULTIPROCESSORS,
+    segments: Segments,
+    variant: Variant,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.lightning_prefill`; the chunk is the kernel's own, `groups` overrides its choice."""
-    del chunk_size
+    """`api.lightning_prefill` on the kernels, not differentiable.
+
+    Raises:
+        ValueError: no kernel for these head dimensions.
+    """
     rows, heads, key_dim = q.shape
-    value_dim = v.shape[-1]
-    plan = make_plan(heads, key_dim, value_dim, groups)
+    plan = make_plan(heads, key_dim, v.shape[-1], variant)
     if plan is None:
-        raise ValueError(f"no kernel for key dim {key_dim} and value dim {value_dim}")
+        raise ValueError(f"no kernel for key dim {key_dim} and value dim {v.shape[-1]}")
     # A copy of all the rows, for numbers of rows that no engine uses.
     missing = max(-rows % ALIGNED_ROWS, plan.chunk - rows)
     if missing:
         q, k, v = (jnp.pad(x, ((0, missing), (0, 0), (0, 0))) for x in (q, k, v))
-    work = cut(rows + missing, slots.shape[0], heads * plan.parts, plan.chunk, wanted_blocks)
-    tables = (log_decay, slots, cu_seqlens, is_fresh.astype(jnp.int32))
+    num_segments = segments.slots.shape[0]
+    work = cut(rows + missing, num_segments, heads * plan.parts, plan.chunk, variant.blocks)
     pool = jax.new_ref(state)
     sums = ()
     if work.span:
@@ -98,21 +118,20 @@ def lightning_prefill(
         def lightning_prefill_sums(*refs, **shared):
             sum_pieces(plan, work, *refs, shared=shared)
 
-        sums = (_kernel(lightning_prefill_sums, plan, work, shape, q=False)(k, v, *tables, pool),)
+        summing = _kernel(lightning_prefill_sums, plan, work, shape, q=False)
+        sums = (summing(k, v, log_decay, *segments, pool),)
 
     def lightning_prefill_fold(*refs, **shared):
-        fold_segments(plan, work, scale, *refs, shared=shared)
+        fold_segments(plan, work, *refs, shared=shared)
 
     shape = jax.ShapeDtypeStruct(v.shape, v.dtype)
-    fold = _kernel(lightning_prefill_fold, plan, work, shape, q=True)
-    o = fold(q, k, v, *tables, *sums, pool)
+    folding = _kernel(lightning_prefill_fold, plan, work, shape, q=True)
+    o = folding(q, k, v, log_decay, *segments, *sums, pool)
     return o[:rows], jax.freeze(pool)
 
 
 def _kernel(body, plan: Plan, work: Cut, out_type: jax.ShapeDtypeStruct, *, q: bool):
     """`body(*refs, **shared)` over all items, heads and parts of V; `q`: with outputs of rows."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     chunk, stages = plan.chunk, plan.stages
     for_wgmma = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     tiled = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=for_wgmma)

@@ -35,17 +35,19 @@ class Cut(NamedTuple):
 
 
 class Work(NamedTuple):
-    """One item: rows [begin, end) of a segment with rows [first_row, ...); scalars of a kernel.
+    """One item: rows [begin, end) of a segment of rows [first_row, last_row); kernel scalars.
 
-    `piece` of `pieces`; `rank` is the place of the segment's first piece among the summed ones.
+    `start` is the aligned row of the first chunk. `piece` of `pieces`; `rank` is the place of the
+    segment's first piece among the summed ones.
     """
 
     slot: jax.Array
     segment: jax.Array
+    first_row: jax.Array
+    last_row: jax.Array
+    start: jax.Array
     begin: jax.Array
     end: jax.Array
-    start: jax.Array
-    first_row: jax.Array
     piece: jax.Array
     pieces: jax.Array
     rank: jax.Array
@@ -65,6 +67,15 @@ def cut(rows: int, segments: int, blocks_per_item: int, chunk: int, wanted_block
     return Cut(rows, segments, span, most + segments + 1, 2 * most + 2)
 
 
+def piece_rows(cut: Cut, first_row, last_row, piece) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The aligned start of a piece, its first row and the row behind its last."""
+    base = first_row // ALIGNED_ROWS * ALIGNED_ROWS
+    if not cut.span:
+        return base, first_row, last_row
+    start = base + piece * cut.span
+    return start, jnp.maximum(first_row, start), jnp.minimum(last_row, start + cut.span)
+
+
 def locate(item: jax.Array, cut: Cut, cu_ref, slots_ref) -> Work:
     """The work of an item, read from the tables in the kernel; items beyond the last are empty."""
 
@@ -75,16 +86,14 @@ def locate(item: jax.Array, cut: Cut, cu_ref, slots_ref) -> Work:
 
     def work(segment, piece, pieces, rank):
         first_row, last_row = bounds(segment)
-        base = first_row // ALIGNED_ROWS * ALIGNED_ROWS
-        slot = slots_ref[jnp.minimum(segment, cut.segments - 1)]
-        start, begin, end = base, first_row, last_row
-        if cut.span:
-            start = base + piece * cut.span
-            begin = jnp.maximum(first_row, start)
-            end = jnp.where(pieces > 0, jnp.minimum(last_row, start + cut.span), begin)
         # The rows behind the last segment are a segment of nobody.
+        slot = slots_ref[jnp.minimum(segment, cut.segments - 1)]
         slot = jnp.where(segment == cut.segments, 0, slot)
-        return Work(slot, segment, begin, end, start, first_row, piece, pieces, rank)
+        start, begin, end = piece_rows(cut, first_row, last_row, piece)
+        end = jnp.where(pieces > 0, end, begin)
+        return Work(
+            slot, segment, first_row, last_row, start, begin, end, piece, pieces, rank
+        )  # fmt: skip
 
     zero = jnp.int32(0)
     if not cut.span:
