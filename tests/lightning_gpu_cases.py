@@ -74,9 +74,7 @@ class Call:
                     part = x[start : start + segment.length]
                     part[:] = poison(rng, part.shape, dtype)
             start += segment.length
-        q, k, v = (
-            np.concatenate([x, poison(rng, (pads, *x.shape[1:]), dtype)]) for x in (q, k, v)
-        )
+        q, k, v = (np.concatenate([x, poison(rng, (pads, *x.shape[1:]), dtype)]) for x in (q, k, v))
         live = [s.slot for s in segments if s.slot and not s.fresh]
         state = poison(rng, (num_slots, heads, key_dim, value_dim), state_dtype)
         state[live] = normal(rng, (len(live), *state.shape[1:]), state_dtype)

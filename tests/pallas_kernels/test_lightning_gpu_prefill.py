@@ -187,13 +187,17 @@ def test_gradients_are_float64_slopes(rng, machine):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("size", [(64, 64), (64, 256), (128, 128), (128, 64), (192, 64), (256, 128)])
+@pytest.mark.parametrize(
+    "size", [(64, 64), (64, 256), (128, 128), (128, 64), (192, 64), (256, 128)]
+)
 def test_every_size(rng, size, state_dtype):
     segments = [
         Segment(s + 1, n, bool(s % 2)) for s, n in enumerate(rng.integers(0, 700, 12).tolist())
     ]
     segments += [Segment(0, 77), Segment(20, 2_000)]
-    call = Call.random(rng, segments, [-0.001, -0.08, -0.9], *size, pads=99, state_dtype=state_dtype)
+    call = Call.random(
+        rng, segments, [-0.001, -0.08, -0.9], *size, pads=99, state_dtype=state_dtype
+    )
     check("gpu", call)
 
 
