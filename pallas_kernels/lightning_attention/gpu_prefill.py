@@ -38,6 +38,8 @@ plgpu = compat.mosaic_gpu()
 # Shared memory of a block on Hopper, less what barriers take.
 _SHARED_BYTES = 227 * 1024 - 512
 _MULTIPROCESSORS = 132
+# Beyond, the state no longer fits in a warpgroup's registers.
+_MOST_KEYS = 256
 
 
 class Segments(NamedTuple):
@@ -68,7 +70,7 @@ def make_plan(heads: int, key_dim: int, value_dim: int, variant: Variant) -> Pla
     stage = 2 * chunk * (2 * key_dim + COLUMNS)
     fixed = 2 * (2 * key_dim * COLUMNS + chunk * COLUMNS)
     stages = min(3, (_SHARED_BYTES - fixed) // stage)
-    if key_dim % (ROWS * groups) or value_dim % COLUMNS or stages < 1:
+    if key_dim % chunk or key_dim > _MOST_KEYS or value_dim % COLUMNS or stages < 1:
         return None
     return Plan(
         heads, key_dim, value_dim // COLUMNS, groups, stages,

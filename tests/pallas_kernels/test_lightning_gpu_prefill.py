@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,67 +120,6 @@ def test_cuts_of_a_prompt_and_decoding_are_the_whole(rng, machine):
     want_o, want = call.fold()
     close(np.concatenate(outputs), want_o, "wgmma", 1)
     close(np.asarray(state)[2], want[2], "wgmma", 0)
-
-
-def weighted(call, which, weights, **options):
-    """The sum of outputs and states with weights, as a function of q, k, v and the pool."""
-
-    def value(q, k, v, state):
-        arrays = q, k, v, jnp.asarray(call.log_decay), state
-        o, after = which(*arrays, **call.places, scale=SCALE, **options)
-        return (o.astype(jnp.float32) * weights[0]).sum() + (after * weights[1]).sum()
-
-    return value
-
-
-@MACHINES
-def test_gradients_are_those_of_train(rng, machine):
-    """Of q, k, v and the pool: through fresh segments, empty ones and one that is cut."""
-    segments = [Segment(4, 300), Segment(1, 9, True), Segment(3, 0), Segment(2, 70, True)]
-    call = Call.random(rng, segments, [-0.004], 64, 64)
-    call.state = normal(rng, call.state.shape, "float32")
-    weights = normal(rng, call.v.shape, "float32"), normal(rng, call.state.shape, "float32")
-    arrays = [x for i, x in enumerate(call.arrays) if i != 3]
-    with on(machine):
-        of_kernels = weighted(call, gpu_grad.lightning_prefill, weights, blocks=2)
-        got = jax.jit(jax.grad(of_kernels, argnums=(0, 1, 2, 3)))(*arrays)
-    wide = [x.astype(jnp.float32) for x in arrays]
-    of_train = weighted(call, lightning_prefill, weights, implementation="train")
-    want = jax.jit(jax.grad(of_train, argnums=(0, 1, 2, 3)))(*wide)
-    for ours, theirs, axis in zip(got, want, (1, 1, 1, 1), strict=True):
-        assert rms_error(ours, np.asarray(theirs), axis) <= TOLERANCES["wgmma_rms"]
-    # The gradient of what nothing reads is none, and slots of nobody pass theirs on.
-    d_pool = np.asarray(got[3])
-    assert (d_pool[[1, 2]] == 0).all()
-    assert_same_bits(d_pool[[0, 3, 5]], weights[1][[0, 3, 5]])
-
-
-@MACHINES
-def test_gradients_are_float64_slopes(rng, machine):
-    """Along random directions, by differences of the float64 fold."""
-    call = Call.random(rng, [Segment(2, 41), Segment(1, 30, True)], [-0.1], 64, 128)
-    call.state = normal(rng, call.state.shape, "float32")
-    weights = normal(rng, call.v.shape, "float32"), normal(rng, call.state.shape, "float32")
-    arrays = [x for i, x in enumerate(call.arrays) if i != 3]
-    with on(machine):
-        value = weighted(call, gpu_grad.lightning_prefill, weights)
-        got = jax.jit(jax.grad(value, argnums=(0, 1, 2, 3)))(*arrays)
-
-    def value64(**changed):
-        o, new = dataclasses.replace(call, **changed).fold()
-        after = changed.get("state", call.state).astype(np.float64)
-        for slot, s in new.items():
-            after[slot] = s
-        return (o * weights[0]).sum() + (after * weights[1]).sum()
-
-    for name, gradient in zip(("q", "k", "v", "state"), got, strict=True):
-        array = getattr(call, name).astype(np.float64)
-        direction = np.asarray(gradient).astype(np.float64)
-        step = 1e-4 / np.abs(direction).max()
-        up, down = (value64(**{name: array + s * step * direction}) for s in (1, -1))
-        # Along the gradient itself the slope is its square.
-        slope = (up - down) / (2 * step)
-        assert abs(slope / (direction**2).sum() - 1) <= TOLERANCES["wgmma_rms"]
 
 
 @pytest.mark.gpu
