@@ -42,7 +42,7 @@ from pallas_kernels import compat  # noqa: E402
 
 # (shape, tuning) of part 3.
 BY_NAME = {shape.name: shape for shape in (*PREFILLS, *UNTUNED, *DECODES)}
-TUNINGS: tuple[tuple[str, dict[str, int]], ...] = (
+TUNINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     *(("H16 T8192 x1", {"blocks": n}) for n in (66, 132, 264, 1)),
     ("H16 T8192 x1", {"groups": 1, "blocks": 132}),
     *(("H16 T32768 x1", {"blocks": n}) for n in (132, 264)),
@@ -106,6 +106,9 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
     report["rows"] = []
     if args.part == 2:
         work = [(shape.name, {}) for shape in (*PREFILLS, *UNTUNED, *DECODES)]
+        # Where the kernel works token by token: is it worth having?
+        wide = [s.name for s in UNTUNED if s.dtype == "float32"]
+        work += [(name, {"implementation": "xla"}) for name in wide]
     else:
         work = list(TUNINGS)
     if args.dry:
@@ -123,7 +126,7 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured(
-    shape: Prefill | Decode, tuning: dict[str, int], calls: int, ceilings: dict, dry: bool
+    shape: Prefill | Decode, tuning: dict[str, Any], calls: int, ceilings: dict, dry: bool
 ) -> dict[str, Any]:
     """One row: times, the floor, and how near they are."""
     if dry:
@@ -192,7 +195,9 @@ def as_markdown(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
-        extra = [f"{k}={row[k]}" for k in ("groups", "blocks", "entries") if k in row]
+        extra = [
+            f"{k}={row[k]}" for k in ("groups", "blocks", "entries", "implementation") if k in row
+        ]
         name = " ".join([row["kind"], row["shape"], *extra])
         if "error" in row:
             lines.append(f"| {name} | {row['error'][:80]} |" + " |" * 8)

@@ -93,11 +93,14 @@ def number_of_sets(bytes_a_set: int) -> int:
     return min(16, max(2, -(-ROTATED_BYTES // bytes_a_set)))
 
 
-def time_prefill(shape: Prefill, calls: int, **tuning: int) -> dict[str, Any]:
+def time_prefill(
+    shape: Prefill, calls: int, implementation: str = "gpu", **tuning: int
+) -> dict[str, Any]:
     """Times of one prefill, with its gradients of q, k and v where the shape says so."""
     rows, heads, dim, num = shape.rows, shape.heads, shape.head_dim, len(shape.lengths)
-    sets = number_of_sets(3 * rows * heads * dim * 2)
-    inputs = [random_arrays(i, *[(rows, heads, dim)] * 3) for i in range(sets)]
+    dtype = jnp.dtype(shape.dtype)
+    sets = number_of_sets(3 * rows * heads * dim * dtype.itemsize)
+    inputs = [random_arrays(i, *[(rows, heads, dim)] * 3, dtype=dtype) for i in range(sets)]
     log_decay = -jnp.asarray(np.geomspace(0.9, 0.001, heads), jnp.float32)
     places = {
         "slots": jnp.arange(1, num + 1, dtype=jnp.int32),
@@ -108,7 +111,7 @@ def time_prefill(shape: Prefill, calls: int, **tuning: int) -> dict[str, Any]:
     if tuning:
         run = functools.partial(gpu_grad.lightning_prefill, **tuning)
     else:
-        run = functools.partial(lightning_prefill, implementation="gpu")
+        run = functools.partial(lightning_prefill, implementation=implementation)
     state = random_arrays(99, (num + 1, heads, dim, dim), dtype=jnp.float32)[0]
 
     if shape.backward:

@@ -20,6 +20,7 @@ class Prefill:
     aim: float | None = None
     head_dim: int = 128
     backward: bool = False
+    dtype: str = "bfloat16"
 
     @property
     def rows(self) -> int:
@@ -28,7 +29,8 @@ class Prefill:
     def bytes_moved(self) -> int:
         """q, k, v read and o written once, every state read and written once; forward only."""
         states = 2 * len(self.lengths) * self.heads * self.head_dim**2 * 4
-        return 4 * self.rows * self.heads * self.head_dim * 2 + states
+        itemsize = 4 if self.dtype == "float32" else 2
+        return 4 * self.rows * self.heads * self.head_dim * itemsize + states
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ UNTUNED = (
     Prefill("H24 ragged", 24, RAGGED),
     Prefill("H48 ragged", 48, RAGGED),
     Prefill("H32 D64 T8192 x1", 32, even(8_192, 1), head_dim=64),
+    Prefill("H16 T2048 x1 float32", 16, even(2_048, 1), dtype="float32"),
+    Prefill("H16 T2048 x16 float32", 16, even(2_048, 16), dtype="float32"),
 )
 DECODES = (
     Decode("H16 B1", 1, 16, 2.7, 2),

@@ -1,6 +1,6 @@
 """Lightning attention on NVIDIA Hopper GPUs: what `api` registers as "gpu".
 
-The kernels (`gpu_prefill`, `gpu_decode`) and Mosaic GPU under them are loaded by the first call
+The kernels (`gpu_prefill`, `gpu_scan`, `gpu_decode`) and Mosaic GPU under them are loaded by the first call
 that can run: elsewhere that would only make every start slower.
 """
 
@@ -18,9 +18,9 @@ def prefill_supports(
     reason = _why_no_gpu(q, k)
     if reason is not None:
         return reason
-    from pallas_kernels.lightning_attention import gpu_prefill
+    from pallas_kernels.lightning_attention import gpu_grad
 
-    return gpu_prefill.why_not(q, v, state)
+    return gpu_grad.why_not(q, v, state)
 
 
 def lightning_prefill(q, k, v, log_decay, state, **options) -> tuple[jax.Array, jax.Array]:

@@ -31,7 +31,7 @@ from pallas_kernels.lightning_attention.gpu_chunks import (
     fold_segments,
     sum_pieces,
 )
-from pallas_kernels.lightning_attention.gpu_work import ALIGNED_ROWS, Cut, cut
+from pallas_kernels.lightning_attention.gpu_work import ALIGNED_ROWS, Cut, Segments, cut
 
 plgpu = compat.mosaic_gpu()
 
@@ -40,14 +40,6 @@ _SHARED_BYTES = 227 * 1024 - 512
 _MULTIPROCESSORS = 132
 # Beyond, the state no longer fits in a warpgroup's registers.
 _MOST_KEYS = 256
-
-
-class Segments(NamedTuple):
-    """slots [P] int32, cu_seqlens [P + 1] int32, is_fresh [P] bool."""
-
-    slots: jax.Array
-    cu_seqlens: jax.Array
-    is_fresh: jax.Array
 
 
 class Variant(NamedTuple):

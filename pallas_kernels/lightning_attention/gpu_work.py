@@ -20,6 +20,14 @@ ALIGNED_ROWS = 8
 _MOST_CUT_SEGMENTS = 64
 
 
+class Segments(NamedTuple):
+    """slots [P] int32, cu_seqlens [P + 1] int32, is_fresh [P] bool."""
+
+    slots: jax.Array
+    cu_seqlens: jax.Array
+    is_fresh: jax.Array
+
+
 class Cut(NamedTuple):
     """How `rows` packed rows of `segments` are handed out; all static.
 
@@ -53,6 +61,11 @@ class Work(NamedTuple):
     rank: jax.Array
 
 
+def whole(rows: int, segments: int) -> Cut:
+    """Every segment in one piece."""
+    return Cut(rows, segments, 0, segments + 1, 0)
+
+
 def cut(rows: int, segments: int, blocks_per_item: int, chunk: int, wanted_blocks: int) -> Cut:
     """Spans such that one segment of all the rows makes about `wanted_blocks` blocks."""
     span = -(-rows // max(1, wanted_blocks // blocks_per_item))
@@ -60,7 +73,7 @@ def cut(rows: int, segments: int, blocks_per_item: int, chunk: int, wanted_block
     # A piece costs reading its rows' keys and values twice: two chunks are not worth it.
     span = max(span, 4 * chunk)
     if segments > _MOST_CUT_SEGMENTS or rows <= span:
-        return Cut(rows, segments, 0, segments + 1, 0)
+        return whole(rows, segments)
     # A segment of n rows makes at most (n + 7) / span + 1 pieces, and at most twice the fraction
     # if it makes more than one.
     most = (rows + (ALIGNED_ROWS - 1) * (segments + 1)) // span

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from checks import assert_same_bits, normal
 from lightning_cases import Segment
 from lightning_gpu_cases import MACHINES, SCALE, Call, on, rms_error
@@ -48,9 +49,12 @@ def test_gradients_are_those_of_train(rng, machine):
 
 
 @MACHINES
-def test_gradients_are_float64_slopes(rng, machine):
+@pytest.mark.parametrize(
+    ("size", "dtype"), [((64, 128), "bfloat16"), ((32, 48), "float32")], ids=["kernels", "scan"]
+)
+def test_gradients_are_float64_slopes(rng, machine, size, dtype):
     """By differences of the float64 fold; nobody trains the decay, but who asks is told right."""
-    call = Call.random(rng, [Segment(2, 41), Segment(1, 30, True)], [-0.1], 64, 128)
+    call = Call.random(rng, [Segment(2, 41), Segment(1, 30, True)], [-0.1], *size, dtype=dtype)
     call.state = normal(rng, call.state.shape, "float32")
     weights = normal(rng, call.v.shape, "float32"), normal(rng, call.state.shape, "float32")
     with on(machine):
@@ -71,4 +75,5 @@ def test_gradients_are_float64_slopes(rng, machine):
         up, down = (value64(**{name: array + s * step * direction}) for s in (1, -1))
         # Along the gradient itself the slope is its square.
         slope = (up - down) / (2 * step)
-        assert abs(slope / (direction**2).sum() - 1) <= TOLERANCES["wgmma_rms"]
+        tolerance = {"bfloat16": "wgmma_rms", "float32": "training_gradient"}[dtype]
+        assert abs(slope / (direction**2).sum() - 1) <= TOLERANCES[tolerance]

@@ -53,6 +53,23 @@ def test_prefill_is_the_fold(rng, machine, size, log_decay, state_dtype, pads):
 
 
 @MACHINES
+@pytest.mark.parametrize(
+    ("size", "dtype", "state_dtype"),
+    [((96, 48), "float32", "float32"), ((32, 80), "bfloat16", "bfloat16")],
+    ids=["float32", "narrow heads"],
+)
+def test_token_by_token_is_the_fold(rng, machine, size, dtype, state_dtype):
+    """What the matrix units do not take."""
+    segments = [Segment(5, 19), Segment(3, 1, True), Segment(0, 7), Segment(2, 0), Segment(1, 40)]
+    call = Call.random(
+        rng, segments, [0.0, -0.3, -8.0], *size, pads=5, dtype=dtype, state_dtype=state_dtype
+    )
+    o, after = run(machine, call, races=True)
+    rounding = {"float32": "lightning", "bfloat16": "bfloat16_rounding"}
+    call.check(o, after, rounding[dtype], rounding[state_dtype])
+
+
+@MACHINES
 def test_decays_of_any_size(rng, machine):
     call = Call.random(rng, [Segment(3, 66), Segment(1, 20, True)], LOG_DECAY, 64, 64)
     check(machine, call)
@@ -136,6 +153,23 @@ def test_every_size(rng, size, state_dtype):
         rng, segments, [-0.001, -0.08, -0.9], *size, pads=99, state_dtype=state_dtype
     )
     check("gpu", call)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (80, 112), (128, 128), (256, 48), (48, 256)])
+def test_every_size_token_by_token(rng, size, state_dtype):
+    segments = [
+        Segment(s + 1, n, bool(s % 2)) for s, n in enumerate(rng.integers(0, 90, 9).tolist())
+    ]
+    segments += [Segment(0, 77), Segment(20, 300)]
+    decays = [-0.001, -0.08, -0.9]
+    call = Call.random(
+        rng, segments, decays, *size, pads=99, dtype="float32", state_dtype=state_dtype
+    )
+    o, after = run("gpu", call)
+    rounding = {"float32": "lightning", "bfloat16": "bfloat16_rounding"}
+    call.check(o, after, "lightning", rounding[state_dtype])
 
 
 @pytest.mark.gpu
