@@ -1,7 +1,7 @@
 """Lightning attention on NVIDIA Hopper GPUs: what `api` registers as "gpu".
 
-The kernels (`gpu_prefill`, `gpu_scan`, `gpu_decode`) and Mosaic GPU under them are loaded by the first call
-that can run: elsewhere that would only make every start slower.
+The kernels (`gpu_prefill`, `gpu_scan`, `gpu_decode`) and Mosaic GPU under them are loaded by the
+first call that can run: elsewhere that would only make every start slower.
 """
 
 from __future__ import annotations

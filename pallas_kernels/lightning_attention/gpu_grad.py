@@ -16,6 +16,7 @@ form, as do all gradients where there is only the scan.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def lightning_prefill(
     is_fresh: jax.Array,
     scale: float,
     chunk_size: int = 64,
-    **tuning: int | None,
+    **tuning: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.lightning_prefill`; the chunk is the kernel's own, `tuning` as in `Variant`.
 
