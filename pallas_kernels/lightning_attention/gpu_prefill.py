@@ -24,13 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import compat
-from pallas_kernels.lightning_attention.gpu_chunks import (
-    COLUMNS,
-    ROWS,
-    Plan,
-    fold_segments,
-    sum_pieces,
-)
+from pallas_kernels.lightning_attention.gpu_chunks import COLUMNS, ROWS, Plan
+from pallas_kernels.lightning_attention.gpu_kernels import fold_segments, sum_pieces
 from pallas_kernels.lightning_attention.gpu_work import ALIGNED_ROWS, Cut, Segments, cut
 
 plgpu = compat.mosaic_gpu()
