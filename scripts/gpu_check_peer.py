@@ -1,7 +1,7 @@
 """flash-linear-attention's kernels at the shapes of `gpu_check.py`, in a process of their own.
 
-Prints one JSON object: GPU time a call (the profiler's sum over kernels) and wall time, in
-microseconds, by shape. Needs torch, triton, einops and fla-core.
+Writes one JSON object, anew after each shape: GPU time a call (the profiler's sum over kernels)
+and wall time, in microseconds, by shape. Needs torch, triton, einops and fla-core.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
@@ -88,7 +89,7 @@ def time_decode(shape: Decode, calls: int) -> dict[str, float]:
 
 
 def main() -> None:
-    calls = int(sys.argv[1])
+    calls, path = int(sys.argv[1]), Path(sys.argv[2])
     found = {}
     for shape in (*PREFILLS, *UNTUNED, *DECODES):
         run = time_prefill if isinstance(shape, Prefill) else time_decode
@@ -98,7 +99,7 @@ def main() -> None:
             found[shape.name] = {"error": f"{type(error).__name__}: {error}"[:300]}
         print(shape.name, found[shape.name], file=sys.stderr, flush=True)
         torch.cuda.empty_cache()
-    print(json.dumps(found))
+        path.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

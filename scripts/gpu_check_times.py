@@ -45,8 +45,10 @@ def measure(call: Callable[[int], Any], calls: int, per_call: int = 1) -> dict[s
         "host_us": 1e6 * queued / calls / per_call,
     }
     try:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
         with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
+            with jax.profiler.trace(folder, profiler_options=options):
                 for i in range(calls):
                     out = call(i)
                 jax.block_until_ready(out)
