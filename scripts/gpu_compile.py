@@ -103,7 +103,7 @@ def compiled(run: Callable[..., Any], arrays: tuple[Any, ...], pool: int) -> dic
     state = arrays[pool]
     return {
         "registers": " ".join(re.findall(r"Used (\d+) registers", said[0])),
-        "spilled": " ".join(re.findall(r"(\d+) bytes spill stores", said[0])) or "0",
+        "spilled": " ".join(re.findall(r"frame, (\d+) bytes spill", said[0])) or "0",
         "warnings": " ".join(sorted(set(re.findall(r"\((C75\d\d)\)", said[0])))),
         "kernels": operations.count("custom-call"),
         "other": " ".join(sorted({x for x in operations if x not in quiet})),

@@ -90,6 +90,9 @@ def run(
         ValueError: no kernel for these head dimensions.
     """
     rows, heads, key_dim = q.shape
+    if variant.groups is None and rows < 2 * ROWS and key_dim <= 2 * ROWS:
+        # Not even one chunk of two warpgroups: take what needs no padding.
+        variant = variant._replace(groups=1)
     plan = make_plan(heads, key_dim, v.shape[-1], variant)
     if plan is None:
         raise ValueError(f"no kernel for key dim {key_dim} and value dim {v.shape[-1]}")
