@@ -102,6 +102,8 @@ def run_tests(dry: bool) -> int:
     """pytest on the kernels' test files; dry: only what would run."""
     files = sorted(str(p) for p in (ROOT / "tests/pallas_kernels").glob("test_lightning_gpu*.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--durations=8", *files]
+    # A kernel that waits for ever must not cost the rest.
+    command += ["--timeout=100", "--timeout-method=thread"]
     if importlib.util.find_spec("xdist") and not dry:
         # Compilation takes most of the time, on one core of the host each.
         command += ["-n", "4"]
@@ -129,6 +131,7 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
         if args.only in name:
             row = measured(BY_NAME[name], tuning, calls, report["ceilings"], args.dry)
             report["rows"].append(row)
+            write(report, args)
             print(json.dumps({k: v for k, v in row.items() if k != "kernels"}), file=sys.stderr)
             sys.stderr.flush()
     report["seconds"] = round(time.perf_counter() - start, 1)
