@@ -7,7 +7,11 @@ float32 accumulation.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,3 +86,67 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> j
         return jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=True, implementation="cudnn" if fused else "xla"
         )
+
+
+# Mosaic GPU: `plgpu.kernel` with mutable refs and these names came together in this release.
+_MOSAIC_GPU_SINCE = (0, 11, 2)
+_interpreting_mosaic_gpu = contextvars.ContextVar("interpreting_mosaic_gpu", default=False)
+
+
+def has_mosaic_gpu() -> bool:
+    """Whether this jax has the Mosaic GPU interface the kernels are written for."""
+    return jax.__version_info__ >= _MOSAIC_GPU_SINCE
+
+
+def mosaic_gpu() -> Any:
+    """The module of Mosaic GPU; untyped, as its names move between releases."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu
+
+
+def why_no_mosaic_gpu() -> str | None:
+    """Why Mosaic GPU kernels can't run here, or None: they need a Hopper GPU and a newer jax."""
+    if not has_mosaic_gpu():
+        return f"needs jax {'.'.join(map(str, _MOSAIC_GPU_SINCE))}, this is {jax.__version__}"
+    if _interpreting_mosaic_gpu.get():
+        return None
+    if jax.default_backend() != "gpu":
+        return "no NVIDIA GPU"
+    device = jax.devices()[0]
+    # ROCm devices have no such attribute, or an empty one.
+    capability = str(getattr(device, "compute_capability", ""))
+    if not capability.startswith("9."):
+        return f"needs a Hopper GPU (compute capability 9), {device.device_kind} has {capability}"
+    return None
+
+
+@contextlib.contextmanager
+def interpret_mosaic_gpu(*, detect_races: bool = False) -> Iterator[None]:
+    """Within it Mosaic GPU kernels are interpreted on the CPU, when they are traced.
+
+    The interpreter knows shared memory, barriers, copies and several warpgroups; it knows nothing
+    of registers, layouts and alignment, which lowering checks.
+    """
+    plgpu = mosaic_gpu()
+    token = _interpreting_mosaic_gpu.set(True)
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
+            yield
+    finally:
+        _interpreting_mosaic_gpu.reset(token)
+
+
+def is_interpreting_mosaic_gpu() -> bool:
+    """Whether `interpret_mosaic_gpu` is in force."""
+    return _interpreting_mosaic_gpu.get()
+
+
+def store_from_registers(ref: Any, value: jax.Array) -> None:
+    """Registers of a Mosaic GPU kernel to global memory, whatever lines a warp's lanes fill."""
+    plgpu = mosaic_gpu()
+    if hasattr(plgpu, "store"):
+        # jax 0.12 wants it said aloud where a warp does not fill whole lines of 128 bytes.
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.lightning_attention import reference, train, xla
+from pallas_kernels.lightning_attention import gpu, reference, train, xla
 
 CHUNK_SIZE = 64
 
@@ -25,6 +25,8 @@ for _name, _module, _exact in (("xla", xla, True), ("reference", reference, Fals
         _run = getattr(_module, _operator)
         dispatch.register(_operator, _name, _run, exact=_run if _exact else None)
 dispatch.register("lightning_prefill", "train", train.lightning_prefill)
+dispatch.register("lightning_prefill", "gpu", gpu.lightning_prefill, gpu.prefill_supports)
+dispatch.register("lightning_decode", "gpu", gpu.lightning_decode, gpu.decode_supports)
 
 
 def lightning_prefill(
