@@ -14,6 +14,7 @@ on rows. On a chip whose two cores are one device each takes half of the rows.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -137,6 +138,8 @@ def _kernel(
         return slots[lax.div(task, parts)] != 0
 
     def first_head(task):
+        if parts == 1:
+            return 0
         return pl.multiple_of(lax.rem(task, parts) * blocks.heads, blocks.heads)
 
     def place(task):
@@ -220,7 +223,7 @@ def _update(block: Ref, decay: Ref, qk_rows: Ref, vo_rows: Ref) -> None:
         return jnp.broadcast_to(row, (value_dim, key_dim)).T
 
     # As many heads are scheduled together as keep the units busy; their number bounds the code.
-    together = tpu_blocks.together(num_heads)
+    together = math.gcd(num_heads, tpu_blocks.HEAD_BLOCK)
 
     def group(i, _):
         heads = pl.ds(i * together, together)

@@ -1,4 +1,4 @@
-"""Prefill on a TPU: one pass over q, k and v, the state on chip from a segment's first chunk to its last.
+"""Prefill on a TPU: one pass over q, k and v, a segment's state on chip from first to last chunk.
 
 With b_i = (i + 1) g inside a chunk of n rows:
 
@@ -48,7 +48,8 @@ class Heads(NamedTuple):
     k: Ref
     v: Ref
     o: Ref
-    decay: Ref  # float32 [n, C, C]: exp((i - j) g) below the diagonal and on it, else 0
+    within: Ref  # float32 [n, C, C]: scale exp((i - j) g) on and below the diagonal, else 0
+    from_before: Ref  # float32 [n, C, V]: scale exp((i + 1) g)
     state: Ref  # float32 [n, K, V]
 
 
@@ -87,7 +88,7 @@ def lightning_prefill(
     chunk_size: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.lightning_prefill`."""
-    num_rows, num_heads, key_dim = q.shape
+    _, num_heads, key_dim = q.shape
     value_dim = v.shape[-1]
     blocks = tpu_blocks.prefill_blocks(q, v, state, chunk_size)
     heads, chunk = blocks.heads, blocks.chunk
@@ -113,7 +114,8 @@ def lightning_prefill(
                      rows(value_dim, v.dtype)),
                 Heads(by_head(chunk, key_dim, q.dtype), by_head(chunk, key_dim, q.dtype),
                       by_head(chunk, value_dim, v.dtype), by_head(chunk, value_dim, v.dtype),
-                      by_head(chunk, chunk), by_head(key_dim, value_dim)),
+                      by_head(chunk, chunk), by_head(chunk, value_dim),
+                      by_head(key_dim, value_dim)),
                 Slots(*[by_head(key_dim, value_dim, state.dtype)] * 2),
                 Semaphores(*[pltpu.SemaphoreType.DMA((2,))] * 3),
             ],
@@ -168,7 +170,9 @@ def _kernel(
 ) -> None:
     chunk = blocks.chunk
     num_segments, num_rows = slots.shape[0], q.shape[0]
-    first_head = pl.multiple_of(pl.program_id(0) * blocks.heads, blocks.heads)
+    # All heads at once begin at a plain 0: another number need not be a multiple of a tile.
+    one_block = q.shape[1] == blocks.heads
+    first_head = 0 if one_block else pl.multiple_of(pl.program_id(0) * blocks.heads, blocks.heads)
     block = pl.ds(first_head, blocks.heads)
 
     # Behind the last segment stands one more, of all rows that are left: it names NULL.
@@ -242,7 +246,7 @@ def _kernel(
 
     def finish(segment, row, count, buffer, stored):
         _split_heads(rows, heads, count, buffer)
-        _fold_chunk(heads, log_decay, first_head, count, scale)
+        _fold_chunk(heads, log_decay, first_head, count)
         rows.o[buffer] = jnp.swapaxes(heads.o[...], 0, 1)
 
         @pl.when(row + count == end(segment))
@@ -287,7 +291,7 @@ def _kernel(
         stored = jnp.where(runs & is_last, 1, stored)
         return i + 1, following, following_row, count, last, stored
 
-    _tabulate_decay(heads.decay, log_decay, first_head)
+    _tabulate(heads, log_decay, first_head, scale)
     begin = seek(jnp.int32(0))
     first_row = cu_seqlens[jnp.minimum(begin, num_segments)]
     prefetch(begin, first_row, 0, jnp.bool_(True))
@@ -349,22 +353,26 @@ def _split_heads(rows: Rows, heads: Heads, count: jax.Array, buffer: jax.Array) 
         split[...] = jnp.swapaxes(packed[buffer], 0, 1)
 
 
-def _tabulate_decay(table: Ref, log_decay: Ref, first_head: jax.Array) -> None:
-    """exp((i - j) g) for every head of the block, 0 above the diagonal."""
-    num_heads, chunk, _ = table.shape
+def _tabulate(heads: Heads, log_decay: Ref, first_head: Scalar, scale: float) -> None:
+    """The two tables of every head of the block."""
+    num_heads, chunk, value_dim = heads.from_before.shape
 
     def head(n, _):
+        g = log_decay[first_head + n]
+
+        def decay(age):
+            return scale * jnp.exp(age.astype(jnp.float32) * g)
+
         i = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
         j = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
-        age = jnp.maximum(i - j, 0).astype(jnp.float32)
-        table[n] = jnp.where(i >= j, jnp.exp(age * log_decay[first_head + n]), 0)
+        heads.within[n] = jnp.where(i >= j, decay(jnp.maximum(i - j, 0)), 0)
+        i = lax.broadcasted_iota(jnp.int32, (chunk, value_dim), 0)
+        heads.from_before[n] = decay(i + 1)
 
     lax.fori_loop(0, num_heads, head, None)
 
 
-def _fold_chunk(
-    heads: Heads, log_decay: Ref, first_head: jax.Array, count: jax.Array, scale: float
-) -> None:
+def _fold_chunk(heads: Heads, log_decay: Ref, first_head: Scalar, count: jax.Array) -> None:
     """The chunk's outputs and the state behind it, head by head."""
     num_heads, chunk, _ = heads.q.shape
     value_dim = heads.v.shape[-1]
@@ -373,18 +381,17 @@ def _fold_chunk(
         g = log_decay[first_head + n]
         q, k_t, v = heads.q[n], heads.k[n].T, heads.v[n]
         before = heads.state[n]
-        scores = _dot(q, k_t) * heads.decay[n]
-        age = lax.broadcasted_iota(jnp.int32, (chunk, value_dim), 0) + 1
-        o = _dot_wide(scores, v, 2)
-        o += _dot_wide(q, before, 2) * jnp.exp(age.astype(jnp.float32) * g)
+        o = _dot_wide(_dot(q, k_t) * heads.within[n], v, 2)
+        o += _dot_wide(q, before, 2) * heads.from_before[n]
+        heads.o[n] = o.astype(heads.o.dtype)
         left = jnp.maximum(count - 1 - lax.broadcasted_iota(jnp.int32, (1, chunk), 1), 0)
         weighted = k_t.astype(jnp.float32) * jnp.exp(left.astype(jnp.float32) * g)
         whole = jnp.full((1, value_dim), count.astype(jnp.float32) * g)
         # The state keeps all of float32: three pieces. An output is rounded to v's dtype anyway.
         heads.state[n] = jnp.exp(whole) * before + _dot_wide(weighted, v, 3)
-        heads.o[n] = (scale * o).astype(heads.o.dtype)
 
-    together = tpu_blocks.together(num_heads)
+    # As many heads are scheduled together as keep the units busy; their number bounds the code.
+    together = tpu_blocks.together(heads.q, heads.v)
 
     def group(i, _):
         for n in range(together):
@@ -400,17 +407,17 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _dot_wide(a: jax.Array, b: jax.Array, pieces: int) -> jax.Array:
+def _dot_wide(a: jax.Array, b: jax.Array, number: int) -> jax.Array:
     """a @ b where one of them is float32; the other's dtype says how.
 
-    Beside bfloat16 the float32 one is cut into so many bfloat16 pieces of 8 bits each, and each is
-    one pass; a general float32 product takes six.
+    Beside bfloat16 the float32 one is cut into `number` bfloat16 pieces of 8 bits each, where a
+    float32 product takes six passes: x y = (x1 + x2) y = [x1 x2] [y; y].
     """
     if a.dtype == b.dtype:
         return _dot(a, b)
     if a.dtype == jnp.float32:
-        return sum(_dot(piece, b) for piece in _pieces(a, pieces))
-    return sum(_dot(a, piece) for piece in _pieces(b, pieces))
+        return _dot(jnp.concatenate(_pieces(a, number), axis=1), jnp.concatenate([b] * number))
+    return _dot(jnp.concatenate([a] * number, axis=1), jnp.concatenate(_pieces(b, number)))
 
 
 def _pieces(x: jax.Array, number: int) -> list[jax.Array]:
