@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
+from pallas_kernels import compat
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def choose(
         if reason is not None:
             raise ValueError(f"{operator}: {implementation!r} can't run: {reason}")
         return _form(registered[implementation], exact)
-    platform = jax.default_backend()
+    platform = compat.target_platform()
     reasons = []
     for name in _PREFERENCE.get(platform, ("xla",)):
         if name not in registered:

@@ -21,7 +21,7 @@ VMEM_LIMIT = 48 << 20
 SCALAR_BUDGET = 896 << 10
 # Decode: buffers for states, and loads under way.
 DEPTH, AHEAD = 4, 2
-# Prefill: tokens a chunk, where the caller leaves it open.
+# Prefill: tokens a chunk, outside exact mode.
 CHUNK = 128
 HEAD_BLOCK = 8
 # Rows of q, k, v and o that decode moves at once.
@@ -101,12 +101,12 @@ def decode_blocks(q: jax.Array, v: jax.Array, state: jax.Array) -> DecodeBlocks:
 
 
 def prefill_blocks(
-    q: jax.Array, v: jax.Array, state: jax.Array, chunk_size: int | None = None
+    q: jax.Array, v: jax.Array, state: jax.Array, chunk: int = CHUNK
 ) -> PrefillBlocks:
-    """The blocks of a prefill call, by shapes and dtypes; `chunk_size` None: the kernel's own."""
+    """The blocks of a prefill call, by shapes, dtypes and tokens a chunk."""
     _, num_heads, key_dim = q.shape
     value_dim = v.shape[-1]
-    heads, chunk = head_block(num_heads), chunk_size or CHUNK
+    heads = head_block(num_heads)
     rows = 4 * tiled_bytes((chunk, heads, key_dim), q.dtype)
     rows += 4 * tiled_bytes((chunk, heads, value_dim), v.dtype)
     split = 2 * tiled_bytes((heads, chunk, key_dim), q.dtype)

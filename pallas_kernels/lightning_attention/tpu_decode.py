@@ -35,7 +35,6 @@ def supports(q, k, v, log_decay, state) -> str | None:
     return tpu_blocks.refusal(q, v, state) or tpu_blocks.decode_blocks(q, v, state).refusal
 
 
-@functools.partial(jax.jit, static_argnames="scale")
 def lightning_decode(
     q: jax.Array,
     k: jax.Array,

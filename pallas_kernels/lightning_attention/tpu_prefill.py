@@ -73,8 +73,12 @@ def supports(q, k, v, log_decay, state) -> str | None:
     return tpu_blocks.refusal(q, v, state) or tpu_blocks.prefill_blocks(q, v, state).refusal
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "chunk_size"))
-def lightning_prefill(
+def lightning_prefill(*arrays: jax.Array, chunk_size: int, **keywords: Any):
+    """See `api.lightning_prefill`; chunks of the kernel's own size."""
+    return in_chunks(*arrays, chunk_size=tpu_blocks.CHUNK, **keywords)
+
+
+def in_chunks(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -85,9 +89,9 @@ def lightning_prefill(
     cu_seqlens: jax.Array,
     is_fresh: jax.Array,
     scale: float,
-    chunk_size: int | None,
+    chunk_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.lightning_prefill`."""
+    """See `api.lightning_prefill`; chunks of `chunk_size` tokens, so it is the exact form too."""
     _, num_heads, key_dim = q.shape
     value_dim = v.shape[-1]
     blocks = tpu_blocks.prefill_blocks(q, v, state, chunk_size)
