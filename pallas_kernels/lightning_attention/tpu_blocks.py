@@ -21,8 +21,8 @@ VMEM_LIMIT = 48 << 20
 SCALAR_BUDGET = 896 << 10
 # Decode: buffers for states, and loads under way.
 DEPTH, AHEAD = 4, 2
-# Prefill: tokens a chunk, outside exact mode.
-CHUNK = 128
+# Prefill: tokens a chunk, where the caller leaves it open.
+CHUNKS = (128, 64)
 HEAD_BLOCK = 8
 # Rows of q, k, v and o that decode moves at once.
 MAX_ROWS = 32
@@ -101,22 +101,29 @@ def decode_blocks(q: jax.Array, v: jax.Array, state: jax.Array) -> DecodeBlocks:
 
 
 def prefill_blocks(
-    q: jax.Array, v: jax.Array, state: jax.Array, chunk: int = CHUNK
+    q: jax.Array, v: jax.Array, state: jax.Array, chunk: int | None = None
 ) -> PrefillBlocks:
-    """The blocks of a prefill call, by shapes, dtypes and tokens a chunk."""
+    """The blocks of a prefill call, by shapes and dtypes.
+
+    `chunk` None: the longest of CHUNKS that fits, else the shortest.
+    """
     _, num_heads, key_dim = q.shape
     value_dim = v.shape[-1]
     heads = head_block(num_heads)
-    rows = 4 * tiled_bytes((chunk, heads, key_dim), q.dtype)
-    rows += 4 * tiled_bytes((chunk, heads, value_dim), v.dtype)
-    split = 2 * tiled_bytes((heads, chunk, key_dim), q.dtype)
-    split += 2 * tiled_bytes((heads, chunk, value_dim), v.dtype)
-    tables = tiled_bytes((heads, chunk, chunk), jnp.float32)
-    tables += tiled_bytes((heads, chunk, value_dim), jnp.float32)
     states = tiled_bytes((heads, key_dim, value_dim), jnp.float32)
     states += 2 * tiled_bytes((heads, key_dim, value_dim), state.dtype)
-    vmem = rows + split + tables + states
-    return PrefillBlocks(heads, chunk, vmem, _too_large(vmem, num_heads))
+
+    def vmem(chunk: int) -> int:
+        rows = 4 * tiled_bytes((chunk, heads, key_dim), q.dtype)
+        rows += 4 * tiled_bytes((chunk, heads, value_dim), v.dtype)
+        split = 2 * tiled_bytes((heads, chunk, key_dim), q.dtype)
+        split += 2 * tiled_bytes((heads, chunk, value_dim), v.dtype)
+        tables = tiled_bytes((heads, chunk, chunk), jnp.float32)
+        tables += tiled_bytes((heads, chunk, value_dim), jnp.float32)
+        return rows + split + tables + states
+
+    chunk = chunk or next((c for c in CHUNKS if vmem(c) <= VMEM_BUDGET), CHUNKS[-1])
+    return PrefillBlocks(heads, chunk, vmem(chunk), _too_large(vmem(chunk), num_heads))
 
 
 def tiled_bytes(shape: tuple[int, ...], dtype: jnp.dtype | type) -> int:

@@ -75,7 +75,8 @@ def supports(q, k, v, log_decay, state) -> str | None:
 
 def lightning_prefill(*arrays: jax.Array, chunk_size: int, **keywords: Any):
     """See `api.lightning_prefill`; chunks of the kernel's own size."""
-    return in_chunks(*arrays, chunk_size=tpu_blocks.CHUNK, **keywords)
+    q, _, v, _, state = arrays
+    return in_chunks(*arrays, chunk_size=tpu_blocks.prefill_blocks(q, v, state).chunk, **keywords)
 
 
 def in_chunks(
@@ -222,8 +223,9 @@ def _kernel(
         slot = state.at[jnp.abs(signed_slot(segment)), block]
         return pltpu.make_async_copy(slot_buffers.leaving, slot, done.slot.at[1])
 
-    def prefetch(segment, row, buffer, is_first):
+    def prefetch(segment, row, buffer):
         signed = signed_slot(segment)
+        is_first = row == cu_seqlens[jnp.minimum(segment, num_segments)]
 
         @pl.when(signed != 0)
         def _():
@@ -279,7 +281,7 @@ def _kernel(
 
         # The other buffer's rows were used by the chunk before this one, and `entering` has just
         # been emptied.
-        prefetch(following, following_row, 1 - buffer, is_last)
+        prefetch(following, following_row, 1 - buffer)
         # This buffer's results left two chunks ago.
         copy_out(0, before_last, buffer, _wait)
 
@@ -298,7 +300,7 @@ def _kernel(
     _tabulate(heads, log_decay, first_head, scale)
     begin = seek(jnp.int32(0))
     first_row = cu_seqlens[jnp.minimum(begin, num_segments)]
-    prefetch(begin, first_row, 0, jnp.bool_(True))
+    prefetch(begin, first_row, 0)
     zero = jnp.int32(0)
     i, _, _, last, before_last, stored = lax.while_loop(
         lambda carry: carry[1] <= num_segments,
@@ -311,7 +313,7 @@ def _kernel(
 
     @pl.when(stored > 0)
     def _():
-        store(0).wait()
+        store(begin).wait()
 
 
 def _start(copy: Any) -> None:
