@@ -1,8 +1,8 @@
 """The TPU kernels through the compiler for TPUs, on a host without one.
 
 libtpu holds the whole compiler and compiles for slices that are described, not there. For each
-generation and shape: time to compile, code size, temporaries, whether the pool stays in place, bytes
-moved against the fewest possible; with `--bundles` (slow) the instruction bundles of the kernel.
+generation and shape: time to compile, code size, temporaries, whether the pool stays in place,
+bytes moved against the fewest possible; with `--bundles` (slow) the kernel's instruction bundles.
 Nothing runs on a TPU: bytes inside the kernels are counted in the interpreter (`tpu_traffic.py`),
 and there are no times.
 
@@ -39,11 +39,6 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-8")
 os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-DUMP = os.environ.get("TPU_CHECK_DUMP")
-if DUMP:
-    os.environ["LIBTPU_INIT_ARGS"] = (
-        f"--xla_jf_dump_to={DUMP} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true"
-    )
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bailing_jax  # noqa: F401  (before jax: sets the CPU scheduler)
@@ -129,8 +124,8 @@ def compile_call(chip: str, operator: str, shape: LightningShape) -> dict[str, A
     # Without an estimate XLA counts nothing for the kernel, so what it counts is around it.
     with (
         jax.set_mesh(mesh),
-        mock.patch.object(tpu_decode, "cost", lambda *_: None),
-        mock.patch.object(tpu_prefill, "cost", lambda *_: None),
+        mock.patch.object(tpu_decode, "cost", return_value=None),
+        mock.patch.object(tpu_prefill, "cost", return_value=None),
     ):
         lowered = jax.jit(call(operator), donate_argnums=pool).lower(*given)
     lowered_at = time.perf_counter()
@@ -240,9 +235,10 @@ def bundles(chip: str, operator: str, name: str) -> dict[str, int]:
     """Final instruction bundles of a kernel and the slots its units take, from a process of its
     own: the dump is switched on when libtpu is loaded."""
     with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true"
         subprocess.run(
             [sys.executable, __file__, "--dump-one", chip, operator, name],
-            env={**os.environ, "TPU_CHECK_DUMP": folder}, check=True, stdout=subprocess.DEVNULL,
+            env={**os.environ, "LIBTPU_INIT_ARGS": flags}, check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         pattern = f"*lightning_{operator}*final_hlo-static-per-bundle-utilization.txt"
         (found,) = glob.glob(os.path.join(glob.escape(folder), pattern))

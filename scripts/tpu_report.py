@@ -74,9 +74,9 @@ def markdown(found: dict[str, Any]) -> str:
 
 def _bundles(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "Final instruction bundles of the whole kernel, counted once whatever its loops do, and the "
-        "slots that its units take in them. Decode's loop does one row and 8 heads, prefill's one "
-        "chunk of 128 tokens and 8 heads. A measure of code, not of time.",
+        "Final instruction bundles of the whole kernel, counted once whatever its loops do, and "
+        "the slots that its units take in them. Decode's loop does one row and 8 heads, prefill's "
+        "one chunk of 128 tokens and 8 heads. A measure of code, not of time.",
         "",
         "| kernel | shape | chip | bundles | MXU | VALU | XLU | spills |",
         "|" + " --- |" * 8,
