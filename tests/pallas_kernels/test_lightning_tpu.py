@@ -219,7 +219,7 @@ def test_the_scalar_memory_holds_65536_sequences():
     assert said == "300000 rows take 1171 KiB of scalar memory, more than 896"
 
 
-def test_expm1_keeps_float32s_precision():
+def test_r003_expm1_keeps_float32s_precision():
     x = -np.concatenate([[0], np.geomspace(1e-8, 200, 2000)]).astype(np.float32)
     got = np.asarray(tpu_decode._expm1(jnp.asarray(x)), np.float64)
     want = np.expm1(x.astype(np.float64))
