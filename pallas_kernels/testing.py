@@ -45,10 +45,10 @@ class LightningShape:
 
 
 def _ragged(total: int, number: int) -> tuple[int, ...]:
-    """Lengths from very short to long, no two the same, in no order."""
+    """Lengths from short to long, no two the same, in no order, that add up."""
     weights = [1 + (7 * i) % number for i in range(number)]
-    lengths = [math.floor(total * w / sum(weights)) + i for i, w in enumerate(weights)]
-    lengths[-1] += total - sum(lengths)
+    lengths = [math.floor(total * w / sum(weights)) for w in weights]
+    lengths[weights.index(number)] += total - sum(lengths)
     return tuple(lengths)
 
 

@@ -151,7 +151,7 @@ def cost(
     return pl.CostEstimate(
         flops=2 * within + 4 * num_rows * slot,
         bytes_accessed=rows + 2 * num_segments * slot * state.dtype.itemsize,
-        transcendentals=num_rows * num_heads * value_dim,
+        transcendentals=num_heads * (blocks.chunk * (blocks.chunk + value_dim) + num_rows),
     )
 
 

@@ -39,7 +39,8 @@ class Call:
         number = len(self.lengths)
         self.slots = 1 + rng.permutation(number + 2)[:number].astype(np.int32)
         self.slots[[i for i in NULL_ROWS if i < number - 1]] = 0
-        self.fresh = np.arange(number) % 2 == 1 if shape.lengths else np.zeros(number, bool)
+        # The first of all is fresh: no earlier segment has left numbers in the buffers.
+        self.fresh = np.arange(number) % 2 == 0 if shape.lengths else np.zeros(number, bool)
         state = (number + 3, heads, shape.key_dim, shape.value_dim)
         self.state = poison(rng, state, shape.state_dtype)
         live = self.slots[~self.fresh & (self.slots != 0)]
