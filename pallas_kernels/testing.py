@@ -55,14 +55,14 @@ def _ragged(total: int, number: int) -> tuple[int, ...]:
 # Small enough for an interpreter: two blocks of heads, or a number that makes one odd block; more
 # rows than buffers; chunks that are full, partial and alone.
 SMALL_DECODE = {
-    "two blocks": LightningShape(16, 40, 32, 9),
-    "three heads": LightningShape(3, 32, 40, 6, dtype="float32"),
-    "twelve heads, narrow state": LightningShape(12, 48, 32, 5, state_dtype="bfloat16"),
+    "two-blocks": LightningShape(16, 40, 32, 9),
+    "three-heads": LightningShape(3, 32, 40, 6, dtype="float32"),
+    "twelve-heads-narrow-state": LightningShape(12, 48, 32, 5, state_dtype="bfloat16"),
 }
 SMALL_PREFILL = {
-    "two blocks": LightningShape(16, 40, 32, 75, (16, 1, 0, 37, 7)),
-    "three heads": LightningShape(3, 32, 40, 50, (33, 17), dtype="float32"),
-    "twelve heads, narrow state": LightningShape(12, 48, 32, 29, (5, 24), state_dtype="bfloat16"),
+    "two-blocks": LightningShape(16, 40, 32, 75, (16, 1, 0, 37, 7)),
+    "three-heads": LightningShape(3, 32, 40, 50, (33, 17), dtype="float32"),
+    "twelve-heads-narrow-state": LightningShape(12, 48, 32, 29, (5, 24), state_dtype="bfloat16"),
 }
 # What the models of the family run: heads of 128, 16 to 64 of them on a device.
 DECODE = {

@@ -88,7 +88,7 @@ class Call:
         assert_same_bits(after[others], self.state[others])
 
 
-SMALL = {f"{kind}, {name}": shape for kind, shapes in (
+SMALL = {f"{kind}-{name}": shape for kind, shapes in (
     ("decode", testing.SMALL_DECODE), ("prefill", testing.SMALL_PREFILL)
 ) for name, shape in shapes.items()}  # fmt: skip
 
@@ -103,7 +103,7 @@ def test_kernels_are_the_fold_and_race_free(rng, name, capfd):
 
 def test_the_race_detector_sees_these_copies(rng, capfd):
     """A slot named twice, which callers never do: one copy writes what another one reads."""
-    call = Call(rng, testing.SMALL_DECODE["two blocks"])
+    call = Call(rng, testing.SMALL_DECODE["two-blocks"])
     call.slots[3] = call.slots[2]
     for _ in range(5):
         # Each copy draws a clock; two that draw the same one are not seen to race.
@@ -116,7 +116,7 @@ def test_the_race_detector_sees_these_copies(rng, capfd):
 def test_two_cores_share_the_rows(rng, monkeypatch):
     """A device of two cores; several windows a core, the last of them not full."""
     monkeypatch.setattr(tpu_blocks, "MAX_ROWS", 2)
-    call = Call(rng, replace(testing.SMALL_DECODE["two blocks"], rows=11))
+    call = Call(rng, replace(testing.SMALL_DECODE["two-blocks"], rows=11))
     alone = call.run()
     call.check(*alone)
     monkeypatch.setattr(compat, "tpu_cores", lambda: 2)
@@ -134,10 +134,10 @@ def full(shape: LightningShape, rng: np.random.Generator) -> Call:
 
 BLOCKS = {
     "decode": LightningShape(8, 128, 128, 64),
-    "decode, narrow state": LightningShape(16, 128, 128, 3, state_dtype="bfloat16"),
+    "decode-narrow-state": LightningShape(16, 128, 128, 3, state_dtype="bfloat16"),
     "prefill": LightningShape(16, 128, 128, 384, (384,)),
-    "prefill, several": LightningShape(16, 128, 128, 300, (130, 5, 1, 164)),
-    "prefill, float32": LightningShape(16, 128, 128, 200, (200,), dtype="float32"),
+    "prefill-several": LightningShape(16, 128, 128, 300, (130, 5, 1, 164)),
+    "prefill-float32": LightningShape(16, 128, 128, 200, (200,), dtype="float32"),
 }
 
 
@@ -165,7 +165,7 @@ def test_bytes_are_counted_and_the_estimate_agrees(rng, name):
 
 def test_padding_moves_nothing_but_its_zeros(rng):
     """A NULL row's slot stays where it is; a NULL segment's rows are not read."""
-    shape = testing.SMALL_PREFILL["two blocks"]
+    shape = testing.SMALL_PREFILL["two-blocks"]
     call = full(shape, rng)
     call.slots[[0, 4]] = 0
     with tpu_traffic.counted() as traffic:
