@@ -34,7 +34,8 @@ def markdown(found: dict[str, Any]) -> str:
         "rows. *T8192 x16*: 8192 prefill rows in 16 ragged segments. *Moved*: the kernel's copies "
         "and windows, counted as they are made, plus what XLA counts for the program around the "
         "kernel (on tpu7x it counts some of the kernel's arguments again). *Of the fewest*: "
-        "against every row once, every slot once in and once out. *Code* does not grow with rows.",
+        "against every row once, every slot once in and once out. *Code* does not grow with rows. "
+        "Seconds are of two cores that other programs used as well.",
         "",
         "| kernel | shape | chip | lower + compile, s | code, KiB | temporaries, MiB | VMEM, MiB "
         "| moved, MB | of the fewest | pool in place |",
