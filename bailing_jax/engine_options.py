@@ -75,10 +75,14 @@ class EngineOptions:
         if not isinstance(self.batch_invariant, bool):
             raise bad_value("batch_invariant", self.batch_invariant, "True, False")
         with_exact = " (with batch_invariant)" * self.batch_invariant
-        for operator in _OPERATORS:
-            found = dispatch.implementations(operator, exact=self.batch_invariant)
-            if self.kernels not in ("auto", *found):
-                raise bad_value("kernels", self.kernels, ", ".join(("auto", *found)) + with_exact)
+        # A name is for all operators, so all of them must have it.
+        first, *rest = (
+            dispatch.implementations(operator, exact=self.batch_invariant)
+            for operator in _OPERATORS
+        )
+        names = ("auto", *(name for name in first if all(name in found for found in rest)))
+        if self.kernels not in names:
+            raise bad_value("kernels", self.kernels, ", ".join(names) + with_exact)
         if self.batch_invariant and max(self.prefill_chunk, CHUNK_SIZE) % min(
             self.prefill_chunk, CHUNK_SIZE
         ):

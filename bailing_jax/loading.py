@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bailing_jax import hub, runtime, small_model
+from bailing_jax import hub, plugins, runtime, small_model
 from bailing_jax.checkpoint.load import Weights, load_model, match_native, match_released
 from bailing_jax.checkpoint.random_weights import random_model
 from bailing_jax.config import SUPPORTED, ModelConfig
@@ -81,6 +81,9 @@ def load(
     Raises:
         UserError: anything wrong with name, folder, config, tensors, options or memory.
     """
+    # First of all: what a plugin replaces decides which parameters there are.
+    for line in plugins.load():
+        report(f"plugin: {line}")
     folder = find_folder(model, download=download)
     name = str(folder)
     if model is None:

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from bailing_jax import plugins
 from bailing_jax.config import Gqa, Lightning, Mla, ModelConfig
 from bailing_jax.layer_plan import layer_plan
 
@@ -72,7 +73,7 @@ def describe(config: ModelConfig) -> tuple[Param, ...]:
     for layer, spec in enumerate(layer_plan(config)):
         prefix = f"model.layers.{layer}"
         params.append(_norm(f"{prefix}.input_layernorm", d))
-        params += _ATTENTION[spec.attention](config, f"{prefix}.attention")
+        params += attention_parameters(spec.attention, config, f"{prefix}.attention")
         params.append(_norm(f"{prefix}.post_attention_layernorm", d))
         mlp = _swiglu if spec.mlp == "dense" else _moe
         params += mlp(config, f"{prefix}.mlp")
@@ -80,6 +81,18 @@ def describe(config: ModelConfig) -> tuple[Param, ...]:
     if not config.tie_embeddings:
         params.append(_linear("lm_head", d, v, ("embed", "vocab")))
     return tuple(params)
+
+
+def attention_parameters(kind: str, config: ModelConfig, path: str) -> tuple[Param, ...]:
+    """The parameters of an attention layer at `path`, as whoever replaces it declares them."""
+    replaced = plugins.layer(kind)
+    declare = replaced.parameters if replaced else _ATTENTION[kind]
+    return tuple(declare(config, path))
+
+
+def built_in_parameters(kind: str, config: ModelConfig, path: str) -> tuple[Param, ...]:
+    """Those of the built-in layer of that kind."""
+    return tuple(_ATTENTION[kind](config, path))
 
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -166,7 +179,7 @@ def _moe(config: ModelConfig, path: str) -> Iterator[Param]:
 
 
 def _lightning(config: ModelConfig, path: str) -> Iterator[Param]:
-    att, d = _present(config.lightning), config.hidden_size
+    att, d = present(config.lightning), config.hidden_size
     width = att.num_heads * att.head_dim
     yield _linear(f"{path}.query_key_value", d, 3 * width, ("embed", "qkv"))
     if att.qkv_bias:
@@ -180,7 +193,7 @@ def _lightning(config: ModelConfig, path: str) -> Iterator[Param]:
 
 
 def _gqa(config: ModelConfig, path: str) -> Iterator[Param]:
-    att, d = _present(config.gqa), config.hidden_size
+    att, d = present(config.gqa), config.hidden_size
     qkv = (att.num_heads + 2 * att.num_kv_heads) * att.head_dim
     yield _linear(f"{path}.query_key_value", d, qkv, ("embed", "qkv"))
     if att.qkv_bias:
@@ -198,7 +211,7 @@ def _qk_norms(att: Lightning | Gqa, path: str) -> Iterator[Param]:
 
 
 def _mla(config: ModelConfig, path: str) -> Iterator[Param]:
-    att, d = _present(config.mla), config.hidden_size
+    att, d = present(config.mla), config.hidden_size
     n, r = att.num_heads, att.kv_lora_rank
     query = n * (att.nope_dim + att.rope_dim)
     if att.q_lora_rank is None:
@@ -238,7 +251,8 @@ def _kv_b(att: Mla, path: str) -> Iterator[Param]:
 T = TypeVar("T")
 
 
-def _present(value: T | None) -> T:
+def present(value: T | None) -> T:
+    """A part of the config that the layer plan says is there."""
     if value is None:
         raise ValueError("the layer plan names an attention kind the config does not have")
     return value

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from bailing_jax import plugins
 from bailing_jax.config import ModelConfig
+from bailing_jax.errors import UserError
 from bailing_jax.layer_plan import layer_plan
 
 PAGE_SIZE = 64
@@ -48,22 +50,38 @@ class StateSpec:
 
 
 def leaf_shapes(config: ModelConfig, spec: StateSpec) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shape and dtype of every leaf."""
-    pages = (spec.num_pages, spec.page_size)
+    """Shape and dtype of every leaf, as whoever replaces its layer declares it."""
 
     def leaf(kind: str) -> jax.ShapeDtypeStruct:
-        if kind == "lightning" and (att := config.lightning) is not None:
-            shape = (spec.num_slots, att.num_heads, att.head_dim, att.head_dim)
-            return jax.ShapeDtypeStruct(shape, jnp.dtype(spec.state_dtype))
-        if kind == "gqa" and (att := config.gqa) is not None:
-            shape = (*pages, 2, att.num_kv_heads, att.head_dim)
-        elif kind == "mla" and (att := config.mla) is not None:
-            shape = (*pages, att.kv_lora_rank + att.rope_dim)
-        else:
-            raise ValueError(f"{config.architecture} has no {kind} attention")
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(spec.page_dtype))
+        replaced = plugins.layer(kind)
+        if replaced is None:
+            return built_in_leaf(kind, config, spec)
+        found = replaced.state_spec(config, spec)
+        places = spec.num_slots if kind == "lightning" else spec.num_pages
+        if not isinstance(found, jax.ShapeDtypeStruct) or found.shape[:1] != (places,):
+            raise UserError(
+                f"{replaced.__module__}.{replaced.__qualname__}.state_spec gave {found}",
+                f"It gives a jax.ShapeDtypeStruct whose first dimension is {places} here: "
+                "spec.num_slots in place of lightning attention, else spec.num_pages.",
+            )
+        return found
 
     return tuple(leaf(layer.attention) for layer in layer_plan(config))
+
+
+def built_in_leaf(kind: str, config: ModelConfig, spec: StateSpec) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of what the built-in layer of an attention kind keeps."""
+    pages = (spec.num_pages, spec.page_size)
+    if kind == "lightning" and (att := config.lightning) is not None:
+        shape = (spec.num_slots, att.num_heads, att.head_dim, att.head_dim)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(spec.state_dtype))
+    if kind == "gqa" and (att := config.gqa) is not None:
+        shape = (*pages, 2, att.num_kv_heads, att.head_dim)
+    elif kind == "mla" and (att := config.mla) is not None:
+        shape = (*pages, att.kv_lora_rank + att.rope_dim)
+    else:
+        raise ValueError(f"{config.architecture} has no {kind} attention")
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(spec.page_dtype))
 
 
 def allocate(config: ModelConfig, spec: StateSpec) -> DecodeState:

@@ -150,3 +150,23 @@ def store_from_registers(ref: Any, value: jax.Array) -> None:
         plgpu.store(ref, value, optimized=False)
     else:
         ref[...] = value
+
+
+def target_platform() -> str:
+    """The platform a program traced here is for: that of the mesh in use, else the default one.
+
+    A mesh of devices that are described but not there (`jax.sharding.set_mesh`) makes a program
+    for them, whatever this host has.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def tpu_cores() -> int:
+    """The TensorCores that one TPU device stands for: 2 on chips that pair them, else 1."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.num_cores or 1
+    if jax.default_backend() != "tpu":
+        return 1
+    return getattr(jax.devices()[0], "num_cores", None) or 1

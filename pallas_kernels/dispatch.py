@@ -1,9 +1,9 @@
 """Which implementation of an operator runs.
 
 An implementation registers under (operator, name) with a `supports` function that returns None
-or the reason why it can't run. "auto" takes the first of the platform's preferences that
-supports the call; a named implementation runs or is refused, it never falls through. Every
-choice is logged once.
+or the reason why it can't run. "auto" takes the first that supports the call, of those a plugin
+prefers and then of the platform's; a named implementation runs or is refused, it never falls
+through. Every choice is logged once.
 
 An implementation may have an exact form: in a call of given static sizes a row's bits, and those
 of its state, depend on that row's own sequence alone, not on neighbours, on its place among the
@@ -13,11 +13,12 @@ rows, on slot or page numbers, nor on how long other sequences are. `exact` asks
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
+from pallas_kernels import compat
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +27,15 @@ Supports = Callable[..., str | None]
 
 @dataclass(frozen=True)
 class Implementation:
-    """A function with its operator's signature, its exact form if any, and when it can run."""
+    """A function with its operator's signature, its exact form if any, and when it can run.
+
+    `preferred`: "auto" asks it before those of the platform.
+    """
 
     run: Callable
     supports: Supports
     exact: Callable | None = None
+    preferred: bool = False
 
 
 _REGISTRY: dict[str, dict[str, Implementation]] = {}
@@ -48,6 +53,8 @@ def register(
     run: Callable,
     supports: Supports = always,
     exact: Callable | None = None,
+    *,
+    preferred: bool = False,
 ) -> None:
     """Add an implementation.
 
@@ -57,7 +64,23 @@ def register(
     names = _REGISTRY.setdefault(operator, {})
     if name in names:
         raise ValueError(f"{operator} already has an implementation named {name!r}")
-    names[name] = Implementation(run, supports, exact)
+    names[name] = Implementation(run, supports, exact, preferred)
+
+
+def operators() -> tuple[str, ...]:
+    """Names of the operators."""
+    return tuple(_REGISTRY)
+
+
+def arguments(operator: str) -> tuple[list[str], list[str]]:
+    """What an operator's implementations are called with: positional names and keywords.
+
+    Read off the portable form, which every operator has.
+    """
+    parameters = inspect.signature(_REGISTRY[operator]["xla"].run).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty]
+    keywords = [p.name for p in needed if p.kind is p.KEYWORD_ONLY]
+    return [p.name for p in needed if p.kind is p.POSITIONAL_OR_KEYWORD], keywords
 
 
 def implementations(operator: str, *, exact: bool = False) -> tuple[str, ...]:
@@ -86,9 +109,10 @@ def choose(
         if reason is not None:
             raise ValueError(f"{operator}: {implementation!r} can't run: {reason}")
         return _form(registered[implementation], exact)
-    platform = jax.default_backend()
+    platform = compat.target_platform()
     reasons = []
-    for name in _PREFERENCE.get(platform, ("xla",)):
+    first = [name for name, found in registered.items() if found.preferred]
+    for name in (*first, *_PREFERENCE.get(platform, ("xla",))):
         if name not in registered:
             continue
         reason = _reason(registered[name], exact, *args, **kwargs)

@@ -6,17 +6,21 @@ The fold is written apart from the operators: one segment after another, one tok
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
 from checks import normal, poison
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import lightning_decode, lightning_prefill
 
-IMPLEMENTATIONS = ("xla", "reference")
+# "tpu" runs as the interpreter of TPU kernels runs it: buffers that nobody wrote hold NaN, and a
+# copy is made when it is waited for, not before.
+IMPLEMENTATIONS = ("xla", "reference", "tpu")
 # Every dimension its own: heads, key, value, slots. Decays from "never forgets" to -8 a token.
-N, K, V, S = 5, 6, 7, 19
+N, K, V, S = 5, 40, 32, 19
 LOG_DECAY = np.array([0.0, -0.004, -0.3, -2.0, -8.0], np.float32)
 SCALE = 0.41
 
@@ -91,6 +95,13 @@ def fold(
     return o, new
 
 
+def interpreted(implementation: str) -> AbstractContextManager[None]:
+    """Where calls of an implementation can run on a CPU."""
+    if implementation == "tpu":
+        return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams())
+    return nullcontext()
+
+
 def prefill(
     implementation: str,
     rows: Rows,
@@ -103,26 +114,30 @@ def prefill(
     """The operator's outputs and pool; pad segments without rows are added up to a number."""
     segments = [*segments, *[Segment(0, 0, True)] * (num_segments - len(segments))]
     lengths = [segment.length for segment in segments]
-    o, state = lightning_prefill(
-        *(jnp.asarray(x) for x in (rows.q, rows.k, rows.v, LOG_DECAY, state)),
-        slots=jnp.asarray([segment.slot for segment in segments], jnp.int32),
-        cu_seqlens=jnp.asarray(np.cumsum([0, *lengths]), jnp.int32),
-        is_fresh=jnp.asarray([segment.fresh for segment in segments], bool),
-        scale=SCALE,
-        chunk_size=chunk_size,
-        implementation=implementation,
-    )
-    return np.asarray(o), np.asarray(state)
+    with interpreted(implementation):
+        o, state = lightning_prefill(
+            *(jnp.asarray(x) for x in (rows.q, rows.k, rows.v, LOG_DECAY, state)),
+            slots=jnp.asarray([segment.slot for segment in segments], jnp.int32),
+            cu_seqlens=jnp.asarray(np.cumsum([0, *lengths]), jnp.int32),
+            is_fresh=jnp.asarray([segment.fresh for segment in segments], bool),
+            scale=SCALE,
+            chunk_size=chunk_size,
+            implementation=implementation,
+            # The form that keeps to this chunk size.
+            exact=implementation == "tpu",
+        )
+        return np.asarray(o), np.asarray(state)
 
 
 def decode(
     implementation: str, rows: Rows, state: np.ndarray, slots: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """One token into each slot."""
-    o, state = lightning_decode(
-        *(jnp.asarray(x) for x in (rows.q, rows.k, rows.v, LOG_DECAY, state)),
-        slots=jnp.asarray(slots, jnp.int32),
-        scale=SCALE,
-        implementation=implementation,
-    )
-    return np.asarray(o), np.asarray(state)
+    with interpreted(implementation):
+        o, state = lightning_decode(
+            *(jnp.asarray(x) for x in (rows.q, rows.k, rows.v, LOG_DECAY, state)),
+            slots=jnp.asarray(slots, jnp.int32),
+            scale=SCALE,
+            implementation=implementation,
+        )
+        return np.asarray(o), np.asarray(state)

@@ -98,11 +98,12 @@ def plan(
     prompt_tokens: int | None = None,
 ) -> DryRun:
     """Work out what a run would need; arguments and errors as `run`."""
-    from bailing_jax import runtime
+    from bailing_jax import plugins, runtime
     from bailing_jax.engine_options import EngineOptions
     from bailing_jax.memory import plan_memory
     from bailing_jax.params import describe
 
+    plugins.load()
     chosen = EngineOptions(**options)
     config, weights_seen = _read(model, hf_overrides)
     platform = runtime.platform()

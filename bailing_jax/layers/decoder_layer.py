@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
+from bailing_jax import plugins
 from bailing_jax.batch import BatchLayout
 from bailing_jax.config import ModelConfig
 from bailing_jax.layer_plan import LayerSpec
+from bailing_jax.layers.attention import Attention
 from bailing_jax.layers.declare import Scope
 from bailing_jax.layers.gqa_attention import GqaAttention
 from bailing_jax.layers.lightning_attention import LightningAttention
@@ -16,6 +18,8 @@ from bailing_jax.layers.mlp import SwiGLU
 from bailing_jax.layers.moe import MoE
 from bailing_jax.layers.norms import RMSNorm
 from bailing_jax.layers.options import RuntimeOptions
+
+_BUILT_IN = {layer.kind: layer for layer in (LightningAttention, GqaAttention, MlaAttention)}
 
 
 class DecoderLayer(nnx.Module):
@@ -51,11 +55,6 @@ class DecoderLayer(nnx.Module):
 
 def _attention(
     scope: Scope, spec: LayerSpec, config: ModelConfig, options: RuntimeOptions
-) -> LightningAttention | GqaAttention | MlaAttention:
-    if spec.attention == "lightning" and config.lightning is not None:
-        return LightningAttention(scope, config.lightning, config.norm_eps, options)
-    if spec.attention == "gqa" and config.gqa is not None:
-        return GqaAttention(scope, config.gqa, config.norm_eps, options)
-    if spec.attention == "mla" and config.mla is not None:
-        return MlaAttention(scope, config.mla, options)
-    raise ValueError(f"{config.architecture} has no {spec.attention} attention")
+) -> Attention:
+    layer = plugins.layer(spec.attention) or _BUILT_IN[spec.attention]
+    return layer(scope, config, options)

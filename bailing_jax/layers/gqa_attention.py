@@ -8,30 +8,32 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from bailing_jax.batch import BatchLayout
-from bailing_jax.config import Gqa
+from bailing_jax.config import ModelConfig
+from bailing_jax.layers.attention import Attention
 from bailing_jax.layers.declare import Scope
 from bailing_jax.layers.linear import Linear
 from bailing_jax.layers.norms import RMSNorm
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.layers.rope import rotate_half_split
+from bailing_jax.params import present
 from pallas_kernels import paged_attention
 
 
-class GqaAttention(nnx.Module):
+class GqaAttention(Attention):
     """x [t, d], pages [pages, size, 2, k, h] -> y [t, d], pages."""
 
-    def __init__(
-        self, scope: Scope, config: Gqa, norm_eps: float, options: RuntimeOptions
-    ) -> None:
+    kind = "gqa"
+
+    def __init__(self, scope: Scope, config: ModelConfig, options: RuntimeOptions) -> None:
+        attention, norm_eps = present(config.gqa), config.norm_eps
         self.query_key_value = Linear(scope / "query_key_value")
-        if config.use_qk_norm:
+        if attention.use_qk_norm:
             self.query_layernorm = RMSNorm(scope / "query_layernorm", norm_eps)
             self.key_layernorm = RMSNorm(scope / "key_layernorm", norm_eps)
         self.dense = Linear(scope / "dense")
-        self.config = config
+        self.config = attention
         self.options = options
 
     def __call__(

@@ -12,32 +12,34 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from bailing_jax.batch import BatchLayout, Region
-from bailing_jax.config import Lightning
+from bailing_jax.config import ModelConfig
+from bailing_jax.layers.attention import Attention
 from bailing_jax.layers.declare import Scope
 from bailing_jax.layers.linear import Linear
 from bailing_jax.layers.norms import RMSNorm
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.layers.rope import rotate_half_split
+from bailing_jax.params import present
 from pallas_kernels import lightning_decode, lightning_prefill
 
 
-class LightningAttention(nnx.Module):
+class LightningAttention(Attention):
     """x [t, d], state [slots, n, h, h] -> y [t, d], state."""
 
-    def __init__(
-        self, scope: Scope, config: Lightning, norm_eps: float, options: RuntimeOptions
-    ) -> None:
+    kind = "lightning"
+
+    def __init__(self, scope: Scope, config: ModelConfig, options: RuntimeOptions) -> None:
+        attention, norm_eps = present(config.lightning), config.norm_eps
         self.query_key_value = Linear(scope / "query_key_value")
-        if config.use_qk_norm:
+        if attention.use_qk_norm:
             self.query_layernorm = RMSNorm(scope / "query_layernorm", norm_eps)
             self.key_layernorm = RMSNorm(scope / "key_layernorm", norm_eps)
         self.g_proj = Linear(scope / "g_proj")
-        self.g_norm = RMSNorm(scope / "g_norm", norm_eps, groups=config.num_norm_groups)
+        self.g_norm = RMSNorm(scope / "g_norm", norm_eps, groups=attention.num_norm_groups)
         self.dense = Linear(scope / "dense")
-        self.config = config
+        self.config = attention
         self.options = options
 
     def __call__(

@@ -16,12 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bailing_jax.batch import BatchLayout
-from bailing_jax.config import Mla
+from bailing_jax.config import ModelConfig
+from bailing_jax.layers.attention import Attention
 from bailing_jax.layers.declare import Scope
 from bailing_jax.layers.linear import Linear
 from bailing_jax.layers.norms import RMSNorm
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.layers.rope import mla_score_factor, rotate_interleaved
+from bailing_jax.params import present
 from pallas_kernels import latent_attention
 from pallas_kernels.compat import einsum
 
@@ -37,11 +39,14 @@ class UpProjection(nnx.Module):
         self.value_weight = scope.param("value_weight")
 
 
-class MlaAttention(nnx.Module):
+class MlaAttention(Attention):
     """x [t, d], pages [pages, size, r + p] -> y [t, d], pages."""
 
-    def __init__(self, scope: Scope, config: Mla, options: RuntimeOptions) -> None:
-        if config.q_lora_rank is None:
+    kind = "mla"
+
+    def __init__(self, scope: Scope, config: ModelConfig, options: RuntimeOptions) -> None:
+        attention = present(config.mla)
+        if attention.q_lora_rank is None:
             self.q_proj = Linear(scope / "q_proj")
         else:
             self.q_a_proj = Linear(scope / "q_a_proj")
@@ -51,7 +56,7 @@ class MlaAttention(nnx.Module):
         self.kv_a_layernorm = RMSNorm(scope / "kv_a_layernorm", _INNER_EPS)
         self.kv_b_proj = UpProjection(scope / "kv_b_proj")
         self.dense = Linear(scope / "dense")
-        self.config = config
+        self.config = attention
         self.options = options
 
     def __call__(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.lightning_attention import gpu, reference, train, xla
+from pallas_kernels.lightning_attention import gpu, reference, tpu_decode, tpu_prefill, train, xla
 
 CHUNK_SIZE = 64
 
@@ -27,6 +27,14 @@ for _name, _module, _exact in (("xla", xla, True), ("reference", reference, Fals
 dispatch.register("lightning_prefill", "train", train.lightning_prefill)
 dispatch.register("lightning_prefill", "gpu", gpu.lightning_prefill, gpu.prefill_supports)
 dispatch.register("lightning_decode", "gpu", gpu.lightning_decode, gpu.decode_supports)
+dispatch.register(
+    "lightning_prefill", "tpu", tpu_prefill.lightning_prefill, tpu_prefill.supports,
+    exact=tpu_prefill.in_chunks,
+)  # fmt: skip
+dispatch.register(
+    "lightning_decode", "tpu", tpu_decode.lightning_decode, tpu_decode.supports,
+    exact=tpu_decode.lightning_decode,
+)  # fmt: skip
 
 
 def lightning_prefill(
@@ -57,7 +65,8 @@ def lightning_prefill(
             cu_seqlens[p] to cu_seqlens[p + 1]. Rows beyond the last are padding.
         is_fresh: bool [P], whether a segment starts from zero instead of its slot.
         scale: the factor of the output, head_dim ** -0.5.
-        chunk_size: tokens a chunk of the matrix form.
+        chunk_size: tokens a chunk of the matrix form; unless `exact`, an implementation may have
+            its own.
         implementation: "auto" or a registered name.
         exact: a segment's bits depend on nothing but itself and the static sizes.
 
