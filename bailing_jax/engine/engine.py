@@ -3,7 +3,8 @@
 It owns the state and the ledgers, asks the scheduler for a plan, lays the step out, runs the
 program and hands the tokens to the requests. What a request does with a token (text, stop rules)
 is its own business: it says after each token whether it is done. What a request's listener raises
-ends that request alone; what the step itself raises ends them all.
+ends that request alone, and so do logits of its own that are not finite; what the step itself
+raises ends them all.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from bailing_jax.config import ModelConfig
 from bailing_jax.engine import debug, sampler, sizes
 from bailing_jax.engine.limits import DECODE_STEPS, EngineLimits
 from bailing_jax.engine.pages import PageLedger
-from bailing_jax.engine.programs import STOP_IDS, Programs, StepResult, no_ends
+from bailing_jax.engine.programs import NOTHING, STOP_IDS, Programs, StepResult, no_ends
 from bailing_jax.engine.sampler import Knobs
 from bailing_jax.engine.scheduler import Scheduler, Sequence, StepPlan
 from bailing_jax.engine.sizes import ProgramSize
 from bailing_jax.engine.slots import SlotLedger
 from bailing_jax.engine.warming import compile_all
+from bailing_jax.errors import NotFiniteError
 from bailing_jax.row import Row
 from bailing_jax.sampling_params import SamplingParams
 from bailing_jax.state import DecodeState, StateSpec, allocate
@@ -132,7 +134,7 @@ class Engine:
             number: from `new_number`.
             stop_ids: tokens after which on_token says that it is done, so that a call that runs
                 several steps computes nothing behind them.
-            on_error: called with what on_token raised.
+            on_error: called with what on_token raised, or a NotFiniteError.
         """
         number = self.new_number() if number is None else number
         length = min(len(prompt) + params.max_tokens, self._limits.max_model_len)
@@ -255,7 +257,7 @@ class Engine:
         """Wait for a call, fold what it computed into the books and deliver its tokens."""
         plan, layout, knobs, result = call
         tokens = np.array(result.tokens)
-        came = (tokens >= 0).sum(axis=0).tolist()
+        came = (tokens != NOTHING).sum(axis=0).tolist()
         self._scheduler.commit(plan, {s.number: came[row] for row, s in enumerate(plan.decodes)})
         # A sequence that is computed again knows its next token already.
         several = plan.num_steps > 1
@@ -281,7 +283,9 @@ class Engine:
             for (row, request), entry in zip(wanting.items(), entries, strict=True):
                 # A listener may have ended anybody meanwhile.
                 alive = self._requests.get(request.sequence.number) is request
-                if alive and step[row] >= 0:
+                if alive and step[row] == sampler.NOT_FINITE:
+                    self._fail(request, _not_finite(request.sequence))
+                elif alive and step[row] != NOTHING:
                     self._deliver(request, step[row], entry)
 
     def _deliver(self, request: _Request, token: int, entry: dict[int, float] | None) -> None:
@@ -290,11 +294,15 @@ class Engine:
         try:
             done = request.on_token(token, entry)
         except Exception as error:
-            self.cancel(sequence.number)
-            request.on_error(error)
+            self._fail(request, error)
             return
         if done or len(sequence.tokens) >= sequence.max_length:
             self.cancel(sequence.number)
+
+    def _fail(self, request: _Request, error: Exception) -> None:
+        """End one request because of something of its own."""
+        self.cancel(request.sequence.number)
+        request.on_error(error)
 
     def _pack(
         self, decodes: list[Row], segments: list[Row], size: ProgramSize
@@ -314,6 +322,16 @@ def _rows(plan: StepPlan, num_decode: int) -> dict[int, Sequence]:
     """The sequences of a plan by their row among the D + P of the layout."""
     rows = dict(enumerate(plan.decodes))
     return rows | {num_decode + i: sequence for i, (sequence, _) in enumerate(plan.segments)}
+
+
+def _not_finite(sequence: Sequence) -> NotFiniteError:
+    made = len(sequence.tokens) - sequence.num_prompt
+    return NotFiniteError(
+        f"the model's logits are not finite (NaN or infinity) after {sequence.num_prompt} prompt "
+        f"tokens and {made} generated",
+        "Try dtype = float32 and state_dtype = float32; if it stays, the checkpoint is at fault.",
+        options=("dtype", "state_dtype"),
+    )
 
 
 def _ignore(_what: object) -> None:

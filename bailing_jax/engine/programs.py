@@ -46,7 +46,8 @@ class StepResult(NamedTuple):
 
     Attributes:
         tokens: int32 [steps, B], B = D + P the sequences of the layout: what each picked in each
-            step; NOTHING for decode rows that had ended (their count is `steps` at most).
+            step; NOTHING for decode rows that had ended (their count is `steps` at most);
+            `sampler.NOT_FINITE` where there was nothing to pick, which ends a decode row.
         logits: float32 [B, vocab] of the last step that ran.
         state: the new state.
     """
@@ -230,7 +231,7 @@ def _decode(merged):
             )
             logits, tokens, state = _run(merged, leaves, state, here, knobs)
             found = found.at[i].set(jnp.where(alive, tokens, NOTHING))
-            stops = (tokens[:, None] == ends.stop_ids).any(axis=1)
+            stops = (tokens[:, None] == ends.stop_ids).any(axis=1) | (tokens < 0)
             room = jnp.where(alive & ~stops, room - 1, 0)
             tokens = jnp.where(room > 0, tokens, 0)
             return i + 1, tokens, contexts + 1, room, found, logits, state
