@@ -20,7 +20,15 @@ from bailing_jax.config import ModelConfig
 from bailing_jax.engine import debug, sampler, sizes
 from bailing_jax.engine.limits import DECODE_STEPS, EngineLimits
 from bailing_jax.engine.pages import PageLedger
-from bailing_jax.engine.programs import NOTHING, STOP_IDS, Programs, StepResult, no_ends
+from bailing_jax.engine.programs import (
+    NOTHING,
+    STOP_IDS,
+    Ends,
+    Programs,
+    StepResult,
+    go_on,
+    no_ends,
+)
 from bailing_jax.engine.sampler import Knobs
 from bailing_jax.engine.scheduler import Scheduler, Sequence, StepPlan
 from bailing_jax.engine.sizes import ProgramSize
@@ -62,6 +70,7 @@ class _Call(NamedTuple):
     plan: StepPlan
     layout: BatchLayout
     knobs: Knobs
+    ends: Ends | None
     result: StepResult
 
 
@@ -96,6 +105,8 @@ class Engine:
         self._state = DecodeState(())  # gives the old one's memory back first
         self._state = allocate(self._config, self._spec)
         self._debug = debug.start(self._config, self._limits.page_size)
+        # A call that was started before the tokens of the one before it were seen.
+        self._ahead: _Call | None = None
 
     @property
     def has_work(self) -> bool:
@@ -197,25 +208,43 @@ class Engine:
         cuts: Mapping[int, int] | None = None,
         preempt: Collection[int] = (),
         max_steps: int = DECODE_STEPS,
+        ahead: bool = True,
     ) -> None:
         """Run one step and deliver its tokens. If that fails, every request is over.
 
         Where nobody prefills and the host has nothing to do in between, one call decodes up to
-        `max_steps` tokens of every request. The other arguments are wishes of a test, see
-        `Scheduler.plan`.
+        `max_steps` tokens of every request, and with `ahead` the next one is started before the
+        tokens of this one are seen. The other arguments are wishes of a test, see `Scheduler.plan`.
         """
         try:
-            plan = self._scheduler.plan(
-                budget=budget, cuts=cuts, preempt=preempt, max_steps=max_steps
-            )
-            # All calls are on their way before the first result is waited for.
-            for call in [self._call(part) for part in self._parts(plan)]:
+            if self._ahead is not None and (budget is not None or cuts or preempt):
+                self._settle()
+            # Nothing is handed out while a call is on its way: what a request held that ended
+            # meanwhile can be taken only by a plan made after the last call that names it.
+            calls, self._ahead = [self._ahead] if self._ahead is not None else [], None
+            if not calls:
+                plan = self._scheduler.plan(
+                    budget=budget, cuts=cuts, preempt=preempt, max_steps=max_steps
+                )
+                # All calls are on their way before the first result is waited for.
+                calls = [self._call(part) for part in self._parts(plan)]
+            if ahead and len(calls) == 1:
+                self._ahead = self._call_on(calls[0], max_steps)
+            for call in calls:
                 self._finish(call)
+            if not self._scheduler.running:
+                self._settle()
         except BaseException:
             # The state may be given away and a plan half done (Ctrl-C comes anywhere): nothing
             # that was running can be trusted to go on.
             self._start_afresh()
             raise
+
+    def _settle(self) -> None:
+        """Wait for the call that was started ahead, if there is one."""
+        call, self._ahead = self._ahead, None
+        if call is not None:
+            self._finish(call)
 
     def _parts(self, plan: StepPlan) -> list[StepPlan]:
         """What runs as one call: in exact mode decode and prefill each, else all together."""
@@ -251,11 +280,29 @@ class Engine:
         result = self._programs.step(self._state, layout, knobs, ends, plan.num_steps)
         self._state = result.state
         self._debug.after(self._state, result.logits)
-        return _Call(plan, layout, knobs, result)
+        return _Call(plan, layout, knobs, ends, result)
+
+    def _call_on(self, call: _Call, max_steps: int) -> _Call | None:
+        """Start the call behind one whose tokens only the device knows; None where none may be.
+
+        A row that has ended there names NULL in this call too. One that ends for a reason only the
+        host knows is computed in vain, in what it still holds.
+        """
+        # Debug mode compares every call with what the host knows.
+        if self._debug.on or call.ends is None or call.result.behind is None:
+            return None
+        plan = self._scheduler.plan_on(call.plan, max_steps)
+        if plan is None:
+            return None
+        layout = self._pack(plan.decode_rows(), [], ProgramSize(call.layout.num_decode, 0, 0))
+        layout, ends = go_on(layout, call.ends, call.result.behind)
+        result = self._programs.step(self._state, layout, call.knobs, ends, plan.num_steps)
+        self._state = result.state
+        return _Call(plan, layout, call.knobs, ends, result)
 
     def _finish(self, call: _Call) -> None:
         """Wait for a call, fold what it computed into the books and deliver its tokens."""
-        plan, layout, knobs, result = call
+        plan, layout, knobs, _, result = call
         tokens = np.array(result.tokens)
         came = (tokens != NOTHING).sum(axis=0).tolist()
         self._scheduler.commit(plan, {s.number: came[row] for row, s in enumerate(plan.decodes)})
@@ -264,7 +311,8 @@ class Engine:
         wanting = {
             row: self._requests[sequence.number]
             for row, sequence in _rows(plan, layout.num_decode).items()
-            if several or sequence.num_computed == len(sequence.tokens)
+            if sequence.number in self._requests
+            and (several or sequence.num_computed == len(sequence.tokens))
         }
         entries: list[dict[int, float] | None] = [None] * len(wanting)
         if any(sampler.needs_host(request.params) for request in wanting.values()):

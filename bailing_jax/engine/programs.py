@@ -41,6 +41,20 @@ class Ends(NamedTuple):
     stop_ids: np.ndarray
 
 
+class Behind(NamedTuple):
+    """Where the D rows of a decode call stand behind it: all that the next call of them needs.
+
+    Attributes:
+        tokens: int32 [D], the next token of each.
+        contexts: int32 [D], its position.
+        room: int32 [D], tokens that may still come.
+    """
+
+    tokens: jax.Array
+    contexts: jax.Array
+    room: jax.Array
+
+
 class StepResult(NamedTuple):
     """What a step leaves.
 
@@ -50,11 +64,13 @@ class StepResult(NamedTuple):
             `sampler.NOT_FINITE` where there was nothing to pick, which ends a decode row.
         logits: float32 [B, vocab] of the last step that ran.
         state: the new state.
+        behind: of a call that only decodes.
     """
 
     tokens: jax.Array
     logits: jax.Array
     state: DecodeState
+    behind: Behind | None = None
 
 
 class Programs:
@@ -184,6 +200,15 @@ class Programs:
         return self._token_logprobs(self._leaves, state, layout, targets)
 
 
+def go_on(layout: BatchLayout, ends: Ends, behind: Behind) -> tuple[BatchLayout, Ends]:
+    """Layout and ends of the next call of the same rows, whose tokens only the device knows yet.
+
+    Positions are not among what it needs: a decode call makes them from the contexts.
+    """
+    layout = replace(layout, tokens=behind.tokens, decode_contexts=behind.contexts)
+    return layout, ends._replace(room=behind.room)
+
+
 def no_ends(rows: int) -> Ends:
     """The ends of rows that nobody decodes in."""
     return Ends(np.zeros(rows, np.int32), np.full((rows, STOP_IDS), NOTHING, np.int32))
@@ -250,8 +275,8 @@ def _decode(merged):
             jnp.zeros((rows, vocab), jnp.float32),
             state,
         )
-        _, _, _, _, found, logits, state = jax.lax.while_loop(goes_on, one_step, start)
-        return found, logits, state
+        _, *behind, found, logits, state = jax.lax.while_loop(goes_on, one_step, start)
+        return found, logits, state, Behind(*behind)
 
     return decode
 

@@ -157,8 +157,20 @@ class Scheduler:
         ready = [s for s in ready if s.slot is not None]
         self._admit()
         segments = self._segments(self.prefill_chunk if budget is None else budget, cuts or {})
-        steps = 1 if segments else self._grow_ahead(ready, max_steps)
-        return StepPlan(tuple(ready), tuple(segments), steps)
+        steps = 0 if segments else self._grow_ahead(ready, max_steps)
+        return StepPlan(tuple(ready), tuple(segments), max(steps, 1))
+
+    def plan_on(self, plan: StepPlan, max_steps: int) -> StepPlan | None:
+        """The step behind one of decodes that runs still; None where its tokens must be seen first.
+
+        It is for the same sequences, all of which still hold what they held, and only while nobody
+        waits. So no slot or page named in the running step is free, and none of them can be handed
+        out here.
+        """
+        if self.waiting or plan.segments or set(plan.decodes) != set(self.running):
+            return None
+        steps = self._grow_ahead(plan.decodes, max_steps, begun=plan.num_steps)
+        return StepPlan(plan.decodes, (), steps) if steps else None
 
     def commit(self, plan: StepPlan, counts: Mapping[int, int] | None = None) -> None:
         """Record that the step's tokens are folded in; `counts` by number where not one each."""
@@ -194,17 +206,18 @@ class Scheduler:
         sequence.pages = self.pages.grow(sequence.pages, wanted)
         return True
 
-    def _grow_ahead(self, ready: list[Sequence], most: int) -> int:
+    def _grow_ahead(self, ready: Collection[Sequence], most: int, begun: int = 0) -> int:
         """Pages for as many decode steps as are free of charge: how many that are.
 
         Nobody gives way for them. While others wait, no row may idle at its known end.
+        `begun` steps run already, and may give a token each.
         """
-        if not ready or most == 1 or not all(self._may_run_ahead(s) for s in ready):
-            return 1
-        rooms = [s.max_length - len(s.tokens) for s in ready]
+        if not ready or not all(self._may_run_ahead(s) for s in ready):
+            return 0
+        rooms = [s.max_length - len(s.tokens) - begun for s in ready]
         steps = min(most, min(rooms) if self.waiting else max(rooms))
-        while steps > 1:
-            lengths = [min(s.num_computed + steps, s.max_length) for s in ready]
+        while steps > 0:
+            lengths = [min(s.num_computed + begun + steps, s.max_length) for s in ready]
             held = [len(s.pages.pages) for s in ready if s.pages is not None]
             missing = sum(
                 max(self.pages.pages_for(length) - have, 0)
@@ -216,7 +229,7 @@ class Scheduler:
                         sequence.pages = self.pages.grow(sequence.pages, length)
                 return steps
             steps //= 2
-        return 1
+        return 0
 
     def _may_run_ahead(self, sequence: Sequence) -> bool:
         return sequence.several_steps and sequence.num_computed == len(sequence.tokens) - 1

@@ -30,6 +30,12 @@ GREEDY = resolve(SamplingParams(temperature=0.0), {}, "")
 _no_state = pytest.fixture(autouse=True)(no_state)
 
 
+@pytest.fixture(autouse=True, params=["1", "0"], ids=["debug", "ahead"])
+def _debug(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without debug mode the next call may be on its way before a call's tokens are seen."""
+    monkeypatch.setenv("BAILING_DEBUG", request.param)
+
+
 PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20)
 REQUESTS = st.lists(st.tuples(PROMPTS, st.integers(1, 9)), min_size=1, max_size=9)
 
