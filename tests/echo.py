@@ -59,6 +59,8 @@ class Echo:
         self.compiled: set[tuple[int, int, int]] = set()
         self.ran: set[tuple[int, int, int]] = set()
         self.decode_steps: list[int] = []
+        # Of each call that prefills: its rows, and the tokens of its segments.
+        self.pieces: list[tuple[int, list[int]]] = []
         self.fails = False
 
     def step(
@@ -73,6 +75,9 @@ class Echo:
         assert knobs.temperature.shape == layout.logit_rows.shape
         assert (ends is None) == (layout.num_prefill > 0)
         behind = None
+        if layout.num_prefill:
+            counts = np.diff(layout.cu_seqlens)
+            self.pieces.append((layout.num_prefill, counts[counts > 0].tolist()))
         if ends is None:
             tokens = self._one_step(layout)[None]
         else:

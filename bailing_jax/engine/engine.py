@@ -101,6 +101,7 @@ class Engine:
             prefill_chunk=self._limits.prefill_chunk,
             max_segments=sizes.max_segments(self._limits),
             exact=self._limits.exact,
+            prefill_rows=sizes.prefill_rows(self._limits),
         )
         self._state = DecodeState(())  # gives the old one's memory back first
         self._state = allocate(self._config, self._spec)

@@ -8,8 +8,9 @@ younger, stands still with what it has. So the oldest always moves on, and every
 
 Every running sequence with state and one new token decodes in every step; what is left of the
 token budget prefills waiting prompts, oldest first, in segments. In exact mode prompts are cut only
-at multiples of `prefill_chunk` from token 0, and generated tokens always go through decode, also
-when they are computed again: then a token's arithmetic is that of the request alone.
+at multiples of `prefill_chunk` from token 0, pieces prefill together only where each alone would take
+a call of the same size, and generated tokens always go through decode, also when they are computed
+again: then a token's arithmetic is that of the request alone.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class Scheduler:
         prefill_chunk: prefill tokens a step, and in exact mode the grid prompts are cut on.
         max_segments: segments a step.
         exact: see above.
+        prefill_rows: the sizes of prefill calls, ascending; looked at in exact mode only.
         waiting: without slot and pages, in order of arrival.
         running: with both, in order of arrival.
     """
@@ -111,6 +113,7 @@ class Scheduler:
     prefill_chunk: int
     max_segments: int
     exact: bool = False
+    prefill_rows: tuple[int, ...] = ()
     waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
     _arrivals: int = 0
@@ -253,18 +256,28 @@ class Scheduler:
         )
 
     def _segments(self, budget: int, cuts: Mapping[int, int]) -> list[tuple[Sequence, int]]:
-        """Pieces of prompts, oldest first."""
+        """Pieces of prompts, oldest first; in exact mode those that need the first one's size."""
         segments: list[tuple[Sequence, int]] = []
+        rows = 0
         for sequence in self.running:
             if budget <= 0 or len(segments) == self.max_segments:
                 break
             if self._decodes(sequence):
                 continue
             count = self._piece(sequence, budget, cuts.get(sequence.number))
-            if count > 0:
+            if count <= 0:
+                continue
+            if self.exact and not segments:
+                rows = self._rows_for(count)
+                budget = min(budget, rows)
+            if not self.exact or self._rows_for(count) == rows:
                 segments.append((sequence, count))
                 budget -= count
         return segments
+
+    def _rows_for(self, count: int) -> int:
+        """The size of the prefill call that a piece takes, which its own length decides."""
+        return next((r for r in self.prefill_rows if r >= count), self.prefill_chunk)
 
     def _piece(self, sequence: Sequence, budget: int, cut: int | None) -> int:
         """How many tokens of its prompt a sequence takes in now."""
