@@ -60,7 +60,8 @@ def test_r082_company_and_preemption_change_no_bit_of_an_answer(
         config, tokenizer=False, batch_invariant=True, max_num_seqs=5, prefill_chunk=chunk, **dtypes
     )
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 300, int(n)).tolist() for n in rng.integers(1, 60 if chunk == 16 else 80, REQUESTS)]
+    lengths = rng.integers(1, 60 if chunk == 16 else 80, REQUESTS)
+    prompts = [rng.integers(0, 300, int(n)).tolist() for n in lengths]
     params = [random_params(rng, seed) for seed in range(REQUESTS)]
     wants = [llm.generate([p], q)[0].outputs[0] for p, q in zip(prompts, params, strict=True)]
     driven_out = disturb(monkeypatch, chunk)

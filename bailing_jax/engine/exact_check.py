@@ -1,9 +1,10 @@
 """Whether a model's step is exact on this device: one request alone and in company, bit for bit.
 
 The calls of exact mode at their real sizes: a prefill call (D = 0) of each size and a decode call
-(T = 0). For each size of prefill, a request that needs it runs once by itself in the first rows, slot and pages of a clean state, and once in the
-last rows, high slots and scattered pages among others that are longer, with NaN in whatever nobody
-owns. A difference says that this device can't promise exact mode; agreement is evidence, not proof.
+(T = 0). For each size of prefill a request runs once by itself in the first rows, slot and pages of
+a clean state, and once in the last rows, high slots and scattered pages among others that are
+longer, with NaN in whatever nobody owns. A difference says that this device can't promise exact
+mode; agreement is evidence, not proof.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ younger, stands still with what it has. So the oldest always moves on, and every
 
 Every running sequence with state and one new token decodes in every step; what is left of the
 token budget prefills waiting prompts, oldest first, in segments. In exact mode prompts are cut only
-at multiples of `prefill_chunk` from token 0, pieces prefill together only where each alone would take
-a call of the same size, and generated tokens always go through decode, also when they are computed
-again: then a token's arithmetic is that of the request alone.
+at multiples of `prefill_chunk` from token 0, pieces prefill together only where each alone would
+take a call of the same size, and generated tokens always go through decode, also when they are
+computed again: then a token's arithmetic is that of the request alone.
 """
 
 from __future__ import annotations

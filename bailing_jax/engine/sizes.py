@@ -1,9 +1,9 @@
 """The static sizes of steps: each is a program to compile, so there are at most twelve.
 
 A step that only decodes has room for a power of two of rows. One that prefills has room for every
-sequence's decode row, one of a few numbers of prompt tokens, and a fixed number of segments. In exact
-mode decode and prefill are calls of their own: one size for decode, whatever the company, and for
-each piece of a prompt the smallest prefill that has room for it alone. No jax.
+sequence's decode row, one of a few numbers of prompt tokens, and a fixed number of segments. In
+exact mode decode and prefill are calls of their own: one size for decode, whatever the company, and
+for each piece of a prompt the smallest prefill that has room for it alone. No jax.
 """
 
 from __future__ import annotations

@@ -107,10 +107,10 @@ EVENTS = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(events=EVENTS)
-def test_r027_what_a_running_call_names_is_handed_out_to_nobody(
+def test_r028_what_a_running_call_names_is_handed_out_to_nobody(
     events: list[tuple[str, list[int], int]],
 ) -> None:
-    """Requests come, end for reasons only the host knows, are cancelled and give way at any time."""
+    """Requests come, give way, are cancelled or end as only the host knows, at any time."""
     engine = make_engine(Echo(LONG))
     watch(engine)
     wanted: dict[int, Asked] = {}
