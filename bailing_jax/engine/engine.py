@@ -78,7 +78,7 @@ class Engine:
     """Runs requests to their end; `step` until `has_work` is False.
 
     Attributes:
-        on_compile: called with its sizes in words before a step has to compile a program.
+        on_compile: called with its sizes in words before a program has to be compiled.
     """
 
     def __init__(
@@ -317,6 +317,9 @@ class Engine:
         }
         entries: list[dict[int, float] | None] = [None] * len(wanting)
         if any(sampler.needs_host(request.params) for request in wanting.values()):
+            rows = layout.logit_rows.shape[0]
+            if not self._programs.has_refine(rows):
+                self.on_compile(f"penalties and log probabilities of {rows} rows")
             choices = [request.choice() for request in wanting.values()]
             refined = self._programs.refine(
                 result.logits,

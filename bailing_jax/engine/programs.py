@@ -165,6 +165,10 @@ class Programs:
         self.compile_refine(*logits.shape)
         return Refined(*self._refiners[logits.shape[0]](logits, tokens, edits, knobs, positions))
 
+    def has_refine(self, rows: int) -> bool:
+        """Whether `refine` is compiled for steps of so many sequences."""
+        return rows in self._refiners
+
     def compile_refine(self, rows: int, vocab: int) -> None:
         """Compile `refine` for steps of so many sequences."""
         if rows not in self._refiners:

@@ -172,3 +172,14 @@ def test_r082_calls_started_ahead_change_no_bit(exact_llm: LLM, last: int) -> No
     assert started > 2
     assert got == want
     assert [*map(hash, others)] == [*map(hash, states)]
+
+
+def test_the_program_beside_the_step_is_announced_too(exact_llm: LLM) -> None:
+    """Where nobody warmed up, the first request with log probabilities compiles it."""
+    told: list[str] = []
+    exact_llm.watch_compiling(told.append)
+    for _ in range(2):
+        exact_llm.generate([1, 2], SamplingParams(max_tokens=2, temperature=0.0, logprobs=1))
+    exact_llm.watch_compiling(None)
+    beside = [words for words in told if "penalties" in words]
+    assert beside == [f"penalties and log probabilities of {NUM_SEQS} rows"]
