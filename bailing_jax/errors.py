@@ -62,6 +62,10 @@ class UserError(Exception):
         )
 
 
+class NotFiniteError(UserError):
+    """The model gave NaN or infinity where a token had to be chosen: one request ends there."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, where a terminal's line with its ^C has been ended already."""
 

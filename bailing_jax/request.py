@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bailing_jax.engine.stop import StopMatcher
+from bailing_jax.errors import UserError
 from bailing_jax.sampling_params import SamplingParams
 from bailing_jax.text.tokenizer import TextStream
 
@@ -40,6 +41,7 @@ class CompletionOutput:
         token_ids: the generated tokens, the one that ended the answer included.
         logprobs: a list of {token id: log probability}, or None when not asked for.
         finish_reason: "stop", "length", "abort" or "error".
+        error: what went wrong, where finish_reason is "error"; else None.
     """
 
     index: int
@@ -47,6 +49,7 @@ class CompletionOutput:
     token_ids: list[int]
     logprobs: list[dict[int, float]] | None
     finish_reason: FinishReason | None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Answer:
     """Collects tokens until a stop rule ends it.
 
     Attributes:
-        error: what went wrong with this answer alone (a listener raised), else None.
+        error: what went wrong with this answer alone (its listener raised, or its logits are not
+            finite), else None.
     """
 
     def __init__(self, index: int, stop: StopMatcher, stream: TextStream | None) -> None:
@@ -110,7 +114,12 @@ class Answer:
             token_ids=list(self._token_ids),
             logprobs=self._logprobs or None,
             finish_reason=self._finish_reason,
+            error=None if self.error is None else _in_words(self.error),
         )
+
+
+def _in_words(error: Exception) -> str:
+    return error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """What exact mode costs at the level of a step: the shipped small model, exact against normal.
 
-Exact mode runs calls of one fixed size (max_num_seqs decode rows, prefill_chunk prefill rows),
-prefill and decode apart; normal mode runs the smallest of its sizes that fits, both together.
+Exact mode runs prefill and decode apart: decode with max_num_seqs rows, each prompt with the
+smallest prefill that has room for it alone; normal mode runs the smallest of its sizes that fits
+everybody.
 "Same sizes" is what the operators' exact forms cost by themselves. All steps take turns in every
 round, so that another program on the machine slows all of them alike.
 
@@ -30,6 +31,7 @@ from flax import nnx
 
 from bailing_jax import small_model
 from bailing_jax.batch import BatchLayout, pack
+from bailing_jax.engine.sizes import prefill_size
 from bailing_jax.engine_options import EngineOptions
 from bailing_jax.loading import LoadedModel, load
 from bailing_jax.row import Row
@@ -61,9 +63,15 @@ class Model:
         self.state = allocate(loaded.config, loaded.state_spec)
 
     def layout(
-        self, decodes: int, decode_rows: int, prompt: int = 0, prefill_rows: int = 0
+        self,
+        decodes: int,
+        decode_rows: int,
+        prompt: int = 0,
+        prefill_rows: int = 0,
+        *,
+        prompts: int = 1,
     ) -> BatchLayout:
-        """`decodes` sequences with a context, and one prompt; rows beyond them are padding."""
+        """`decodes` sequences with a context, and prompts; rows beyond them are padding."""
         rng, width = np.random.default_rng(0), self.limits.pages_a_sequence
 
         def row(place: int, count: int, context: int) -> Row:
@@ -72,7 +80,7 @@ class Model:
 
         return pack(
             [row(i + 1, 1, CONTEXT) for i in range(decodes)],
-            [row(NUM_SEQS, prompt, 0)] if prompt else [],
+            [row(NUM_SEQS - i, prompt, 0) for i in range(prompts)] if prompt else [],
             num_decode=decode_rows,
             num_prefill=prefill_rows,
             num_segments=NUM_SEQS if prefill_rows else 0,
@@ -91,7 +99,8 @@ class Model:
 def cases(normal: Model, exact: Model) -> dict[str, dict[str, Callable[[], None]]]:
     """Each line of the table: normal mode, exact mode, and normal operators at exact sizes."""
     decode = {n: normal.layout(n, NUM_SEQS) for n in (1, 4, NUM_SEQS)}
-    prefill = {n: normal.layout(0, 0, n, CHUNK) for n in (48, CHUNK)}
+    rows = {n: prefill_size(exact.limits, n).prefill_rows for n in (48, CHUNK)}
+    prefill = {n: normal.layout(0, 0, n, rows[n]) for n in rows}
     table: dict[str, dict[str, Callable[[], None]]] = {}
     for n, layout in decode.items():
         own = normal.layout(n, n)
@@ -101,20 +110,28 @@ def cases(normal: Model, exact: Model) -> dict[str, dict[str, Callable[[], None]
             "same sizes": lambda layout=layout: normal.run(layout),
         }
     for n, layout in prefill.items():
-        own = normal.layout(0, NUM_SEQS, n, 64 if n <= 64 else CHUNK)
+        own = normal.layout(0, NUM_SEQS, n, rows[n])
         table[f"prefill, {n} tokens"] = {
             "normal": lambda own=own: normal.run(own),
             "exact": lambda layout=layout: exact.run(layout),
             "same sizes": lambda layout=layout: normal.run(layout),
         }
         others = NUM_SEQS - 1
-        mixed = normal.layout(others, NUM_SEQS, n, 64 if n <= 64 else CHUNK)
+        mixed = normal.layout(others, NUM_SEQS, n, rows[n])
         both = normal.layout(others, NUM_SEQS), layout
         table[f"prefill, {n} tokens, and decode, {others}"] = {
             "normal": lambda mixed=mixed: normal.run(mixed),
             "exact": lambda both=both: exact.run(*both),
             "same sizes": lambda both=both: normal.run(*both),
         }
+    # Where many short prompts come at once, normal mode takes them in one call.
+    together = normal.layout(0, NUM_SEQS, 48, CHUNK, prompts=NUM_SEQS)
+    each = [prefill[48]] * NUM_SEQS
+    table[f"prefill, {NUM_SEQS} prompts of 48 tokens"] = {
+        "normal": lambda: normal.run(together),
+        "exact": lambda: exact.run(*each),
+        "same sizes": lambda: normal.run(*each),
+    }
     return table
 
 

@@ -19,7 +19,7 @@ from bailing_jax.config import ModelConfig
 from bailing_jax.engine import engine as engine_module
 from bailing_jax.engine.engine import Engine
 from bailing_jax.engine.limits import DECODE_STEPS, EngineLimits
-from bailing_jax.engine.programs import NOTHING, Ends, StepResult
+from bailing_jax.engine.programs import NOTHING, Behind, Ends, StepResult
 from bailing_jax.engine.sampler import Knobs
 from bailing_jax.sampling_params import SamplingParams, resolve
 from bailing_jax.state import DecodeState
@@ -32,10 +32,12 @@ def fold(memory: int, token: int) -> int:
     return (memory * 31 + token + 7) % 1_000_003
 
 
-def alone(prompt: list[int], max_tokens: int) -> list[int]:
+def alone(
+    prompt: list[int], max_tokens: int, max_model_len: int = LIMITS.max_model_len
+) -> list[int]:
     """The answer by the definition: greedy, no end but the budget and the longest length."""
     tokens = list(prompt)
-    for _ in range(min(max_tokens, LIMITS.max_model_len - len(prompt))):
+    for _ in range(min(max_tokens, max_model_len - len(prompt))):
         memory = 0
         for token in tokens:
             memory = fold(memory, token)
@@ -57,6 +59,8 @@ class Echo:
         self.compiled: set[tuple[int, int, int]] = set()
         self.ran: set[tuple[int, int, int]] = set()
         self.decode_steps: list[int] = []
+        # Of each call that prefills: its rows, and the tokens of its segments.
+        self.pieces: list[tuple[int, list[int]]] = []
         self.fails = False
 
     def step(
@@ -70,32 +74,41 @@ class Echo:
         self.ran.add(size(layout))
         assert knobs.temperature.shape == layout.logit_rows.shape
         assert (ends is None) == (layout.num_prefill > 0)
+        behind = None
+        if layout.num_prefill:
+            counts = np.diff(layout.cu_seqlens)
+            self.pieces.append((layout.num_prefill, counts[counts > 0].tolist()))
         if ends is None:
             tokens = self._one_step(layout)[None]
         else:
-            tokens = self._decode(layout, ends, num_steps)
+            tokens, behind = self._decode(layout, ends, num_steps)
         if self.fails:  # after the state has changed, as a compiled step would
             raise Failure
         logits = np.zeros((tokens.shape[1], VOCAB), np.float32)
-        return StepResult(cast(Any, tokens), cast(Any, logits), state)
+        return StepResult(cast(Any, tokens), cast(Any, logits), state, behind)
 
-    def _decode(self, layout: BatchLayout, ends: Ends, num_steps: int) -> np.ndarray:
+    def _decode(
+        self, layout: BatchLayout, ends: Ends, num_steps: int
+    ) -> tuple[np.ndarray, Behind]:
         """The loop on the device, by its description."""
         self.decode_steps.append(num_steps)
         tokens = np.full((DECODE_STEPS, layout.num_decode), NOTHING)
         room = np.array(ends.room)
         for i in range(num_steps):
-            here = replace(layout, decode_slots=np.where(room > 0, layout.decode_slots, 0))
+            here = replace(
+                layout,
+                positions=layout.decode_contexts,
+                decode_slots=np.where(room > 0, layout.decode_slots, 0),
+            )
             tokens[i] = np.where(room > 0, self._one_step(here), NOTHING)
             stops = (tokens[i][:, None] == ends.stop_ids).any(1)
             room = np.where((room > 0) & ~stops, room - 1, 0)
             layout = replace(
                 layout,
-                tokens=tokens[i],
-                positions=layout.positions + 1,
+                tokens=np.where(room > 0, tokens[i], 0),
                 decode_contexts=layout.decode_contexts + 1,
             )
-        return tokens
+        return tokens, Behind(*cast(Any, (layout.tokens, layout.decode_contexts, room)))
 
     def _one_step(self, layout: BatchLayout) -> np.ndarray:
         picked = np.zeros(layout.logit_rows.shape[0], np.int64)
@@ -149,11 +162,11 @@ class Asked:
     max_tokens: int
     answer: list[int] = field(default_factory=list)
 
-    def expected(self) -> list[int]:
-        return alone(self.prompt, self.max_tokens)
+    def expected(self, max_model_len: int = LIMITS.max_model_len) -> list[int]:
+        return alone(self.prompt, self.max_tokens, max_model_len)
 
-    def check_beginning(self) -> None:
-        assert self.answer == self.expected()[: len(self.answer)]
+    def check_beginning(self, max_model_len: int = LIMITS.max_model_len) -> None:
+        assert self.answer == self.expected(max_model_len)[: len(self.answer)]
 
 
 def ask(engine: Engine, prompt: list[int], max_tokens: int) -> tuple[int, Asked]:

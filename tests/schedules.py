@@ -38,6 +38,8 @@ KINDS = (
 # Around every grid there is: one token, the exact prefill chunk, the buckets, a page.
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70)
 MAX_STEPS_LEFT = 2_000
+# The last of a pool: short prompts with long answers. A few of them need more pages than there are.
+NUM_GROWING = 4
 
 Op = tuple[str, int, int]
 
@@ -80,6 +82,8 @@ def make_pool(rng: random.Random, size: int) -> list[Wanted]:
     for index in range(size):
         length = LENGTHS[index % len(LENGTHS)]
         fields: dict[str, Any] = {"max_tokens": rng.choice((1, 2, 5, 12, 26)), "ignore_eos": True}
+        if index >= size - NUM_GROWING:
+            length, fields["max_tokens"] = rng.randint(1, 12), 64
         fields["temperature"] = (0.0, 0.0, 1.0)[index % 3]
         if index % 4 == 1:
             fields["logprobs"] = 2
@@ -92,11 +96,21 @@ def make_pool(rng: random.Random, size: int) -> list[Wanted]:
 
 
 def make_schedule(rng: random.Random, pool: int, length: int) -> list[Op]:
-    """Operations with two numbers each; what they mean depends on what is under way."""
-    weights = {"submit": 5, "step": 6}
+    """Operations with two numbers each; what they mean depends on what is under way.
+
+    In one schedule of four all requests are those that grow, and most operations are steps, so that
+    pages run out.
+    """
+    grow = rng.random() < 0.25
+    weights = {"submit": 5, "step": 24 if grow else 6}
     kinds = rng.choices(KINDS, [weights.get(kind, 2) for kind in KINDS], k=length)
+    first = pool - NUM_GROWING if grow else 0
     return [
-        (kind, rng.randrange(pool if kind == "submit" else 1 << 16), rng.randrange(1 << 16))
+        (
+            kind,
+            rng.randrange(first, pool) if kind == "submit" else rng.randrange(1 << 16),
+            rng.randrange(1 << 16),
+        )
         for kind in kinds
     ]
 
@@ -114,7 +128,9 @@ class Bench:
             batch_invariant=exact,
         )
         # Pages for one long request and a bit: somebody often has to give way.
-        limits = EngineLimits(4, 96, chunk, page_size=16, max_num_pages=8, exact=exact)
+        # Prefill calls of three sizes; a product of one row adds in another order than one of more.
+        small = {"small_prefills": (1, 16)} if exact else {}
+        limits = EngineLimits(4, 96, chunk, 16, max_num_pages=8, exact=exact, **small)
         spec = limits.state_spec("float32", "float32")
         self.name, self.exact = name, exact
         self.engine = Engine(llm._engine._programs, llm.config, limits, spec)
@@ -155,7 +171,7 @@ class Bench:
             )
             sequence = engine._requests[number].sequence
             while engine.has_work:
-                engine.step(max_steps=1)
+                engine.step(max_steps=1, ahead=False)
                 if sequence.slot is not None:
                     trace.states[sequence.num_computed] = self.state(sequence)
             self._alone[index] = trace
@@ -267,28 +283,29 @@ class _Run:
             return True
         raise Wrong("a prompt without tokens was accepted")
 
-    def _step(self, a: int, _b: int, **wishes: Any) -> bool:
+    def _step(self, a: int, b: int, **wishes: Any) -> bool:
         if not self.engine.has_work:
             return False
         scheduler = self.engine._scheduler
         before = {s.number: s.num_preempted for s in [*scheduler.running, *scheduler.waiting]}
         with _in_order(self.engine, self._order):
-            self.engine.step(max_steps=1 + a % 8, **wishes)
+            self.engine.step(max_steps=1 + a % 8, ahead=b % 3 > 0, **wishes)
         self._order = None
         chosen = wishes.get("preempt", ())
         for sequence in [*scheduler.running, *scheduler.waiting]:
             if sequence.num_preempted > before.get(sequence.number, 0):
                 forced = sequence.number in chosen
                 self.bench.counts["preempted" if forced else "gave way for pages"] += 1
+        self.bench.counts["calls started ahead"] += self.engine._ahead is not None
         self._check()
         return True
 
     def _budget(self, a: int, b: int) -> bool:
-        return self._step(b, 0, budget=a % (self.engine._limits.prefill_chunk + 1))
+        return self._step(b, a, budget=a % (self.engine._limits.prefill_chunk + 1))
 
     def _cut(self, a: int, b: int) -> bool:
         cuts = {live.number: (a * (i + 1)) % 41 for i, live in enumerate(self.live)}
-        return bool(cuts) and self._step(b, 0, cuts=cuts)
+        return bool(cuts) and self._step(b, a, cuts=cuts)
 
     def _permute(self, a: int, _b: int) -> bool:
         """The rows of the next step come in another order."""
@@ -299,7 +316,7 @@ class _Run:
         running = [sequence.number for sequence in self.engine._scheduler.running]
         if not running:
             return False
-        return self._step(b, 0, preempt={running[a % len(running)]})
+        return self._step(b, a, preempt={running[a % len(running)]})
 
     def _cancel(self, a: int, _b: int) -> bool:
         if not self.live:
@@ -334,7 +351,9 @@ class _Run:
             if self.engine.is_unfinished(live.number):
                 still.append(live)
                 sequence = self.engine._requests[live.number].sequence
-                if sequence.slot is not None and sequence.num_computed:
+                # While a call is on its way the state is further than what is known of it.
+                known = sequence.num_computed and self.engine._ahead is None
+                if sequence.slot is not None and known:
                     self._compare_state(live, sequence)
             else:
                 self._compare_answer(live)

@@ -15,7 +15,7 @@ from tiny_models import LATENT, LINEAR, tiny_llm
 from bailing_jax import SamplingParams
 from bailing_jax.engine.engine import Engine
 
-CHUNK, REQUESTS = 16, 20
+REQUESTS = 20
 
 
 def random_params(rng: np.random.Generator, seed: int) -> SamplingParams:
@@ -31,7 +31,7 @@ def random_params(rng: np.random.Generator, seed: int) -> SamplingParams:
     )
 
 
-def disturb(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def disturb(monkeypatch: pytest.MonkeyPatch, chunk: int) -> list[int]:
     """Every step gets a random budget and drives out whom it likes; how many, step by step."""
     real, driven_out = Engine.step, list[int]()
 
@@ -39,7 +39,7 @@ def disturb(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rng = np.random.default_rng(len(driven_out))
         victims = [s.number for s in self._scheduler.running if rng.random() < 0.07]
         driven_out.append(len(victims))
-        budget = int(rng.integers(0, CHUNK + 1)) if rng.random() < 0.3 else None
+        budget = int(rng.integers(0, chunk + 1)) if rng.random() < 0.3 else None
         wishes: dict[str, Any] = {"preempt": victims, "budget": budget}
         real(self, **wishes, max_steps=int(rng.integers(1, 9)))
 
@@ -48,21 +48,23 @@ def disturb(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("config", "dtypes"),
-    [(LINEAR, {"state_dtype": "bfloat16"}), (LATENT, {"dtype": "bfloat16"})],
+    ("config", "chunk", "dtypes"),
+    # In chunks of 128, prompts of up to 64 tokens prefill in smaller calls.
+    [(LINEAR, 16, {"state_dtype": "bfloat16"}), (LATENT, 128, {"dtype": "bfloat16"})],
     ids=["linear", "latent"],
 )
 def test_r082_company_and_preemption_change_no_bit_of_an_answer(
-    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], dtypes: dict[str, str]
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], chunk: int, dtypes: dict[str, str]
 ) -> None:
     llm = tiny_llm(
-        config, tokenizer=False, batch_invariant=True, max_num_seqs=5, prefill_chunk=CHUNK, **dtypes
+        config, tokenizer=False, batch_invariant=True, max_num_seqs=5, prefill_chunk=chunk, **dtypes
     )
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 300, int(n)).tolist() for n in rng.integers(1, 60, REQUESTS)]
+    lengths = rng.integers(1, 60 if chunk == 16 else 80, REQUESTS)
+    prompts = [rng.integers(0, 300, int(n)).tolist() for n in lengths]
     params = [random_params(rng, seed) for seed in range(REQUESTS)]
     wants = [llm.generate([p], q)[0].outputs[0] for p, q in zip(prompts, params, strict=True)]
-    driven_out = disturb(monkeypatch)
+    driven_out = disturb(monkeypatch, chunk)
     for schedule in range(2):
         order = np.random.default_rng(schedule).permutation(REQUESTS)
         outputs = llm.generate([prompts[i] for i in order], [params[i] for i in order])

@@ -8,7 +8,9 @@ line and the flags only. No jax before `load`.
 Input, one object a line: "id" (default: the line's number), one of "prompt", "messages" and
 "prompt_ids", and any field of SamplingParams. Output, in order of completion: {"id", "text",
 "token_ids", "finish_reason", "usage"}, with "logprobs" if asked for; with n > 1 {"id", "outputs":
-[{"text", "token_ids", "finish_reason"}, ...], "usage"}. An answer that can't be given ends the job.
+[{"text", "token_ids", "finish_reason"}, ...], "usage"}. An answer in which the model's logits were
+not finite has finish_reason "error" and an "error" in words; the others go on, and the exit code is
+1. An answer that can't be given for any other reason ends the job.
 """
 
 from __future__ import annotations
@@ -26,7 +28,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from bailing_jax.cli.job_input import Mistakes, RequestId, Requests
 from bailing_jax.cli.job_output import KEPT, Output, record_of
-from bailing_jax.errors import EXIT_OK, EXIT_USAGE, Interrupted, UserError
+from bailing_jax.errors import (
+    EXIT_FAILURE,
+    EXIT_OK,
+    EXIT_USAGE,
+    Interrupted,
+    NotFiniteError,
+    UserError,
+)
 from bailing_jax.terminal import is_terminal
 
 if TYPE_CHECKING:
@@ -88,7 +97,9 @@ def run_job(
             prepare = functools.partial(_prepared, llm, prompts, requests)
             _check(prepare, requests, left, say)
             output.start()
-            _Run(llm, prepare, requests, output, left, say).run()
+            if failed := _Run(llm, prepare, requests, output, left, say).run():
+                say(f"{failed} of {len(left)} answers ended with an error; their lines say which")
+                return EXIT_FAILURE
         else:
             output.start()
             say(f"{output.name}: all {len(requests)} requests are done already")
@@ -177,12 +188,12 @@ class _Run:
         self._output = output
         self._left = left
         self._say = say
-        self._submitted = self._written = 0
+        self._submitted = self._written = self._failed = 0
         self._active: list[tuple[RequestId, Request]] = []
         self._progress = _Progress(len(requests), len(requests) - len(left))
 
-    def run(self) -> None:
-        """Answer them all."""
+    def run(self) -> int:
+        """Answer them all; returns how many answers ended with an error."""
         self._llm.watch_compiling(self._compiles)
         try:
             while self._supply():
@@ -193,6 +204,7 @@ class _Run:
                     self._say(self._progress.line(self._written))
             self._output.sync()
             self._say(self._progress.total(self._written))
+            return self._failed
         except KeyboardInterrupt:
             self._output.sync()
             # A terminal has just shown ^C, and stays on its line.
@@ -233,7 +245,10 @@ class _Run:
             if self._llm.is_unfinished(request):
                 still_active.append((request_id, request))
                 continue
-            request.raise_error()
+            if isinstance(request.error, NotFiniteError):
+                self._failed += 1
+            else:
+                request.raise_error()
             self._output.write(record_of(request_id, request))
             self._written += 1
             self._progress.prompt_tokens += len(request.prompt_token_ids)

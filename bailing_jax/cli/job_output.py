@@ -201,6 +201,8 @@ def _answer(output: CompletionOutput) -> dict[str, Any]:
         "token_ids": output.token_ids,
         "finish_reason": output.finish_reason,
     }
+    if output.error is not None:
+        answer["error"] = output.error
     if output.logprobs is not None:
         answer["logprobs"] = [
             # JSON has no infinities.
@@ -229,7 +231,7 @@ def _is_record(value: object) -> bool:
     answers = rest["outputs"] if rest.keys() == {"outputs"} else [rest]
     return isinstance(answers, list) and all(
         isinstance(answer, dict)
-        and _ANSWER <= answer.keys() <= _ANSWER | {"logprobs"}
+        and _ANSWER <= answer.keys() <= _ANSWER | {"logprobs", "error"}
         and isinstance(answer["token_ids"], list)
         for answer in answers
     )

@@ -56,7 +56,7 @@ class Debug:
     def __init__(self, config: Any, page_size: int, *, on: bool) -> None:
         self._config = config
         self._page_size = page_size
-        self._on = on
+        self.on = on
         self._tally = Tally()
         self._step = 0
         # What was handed out when we last looked, each with the epoch of its owner's slot: None
@@ -72,7 +72,7 @@ class Debug:
 
     def before(self, plan: Any, layout: Any, state: Any, scheduler: Any) -> Any:
         """Check a step that is about to run; the state, poisoned where nobody's data is."""
-        if not self._on:
+        if not self.on:
             return state
         self._step += 1
         parts = invariants.parts_of(plan, layout, getattr(plan, "num_steps", 1))
@@ -87,7 +87,7 @@ class Debug:
 
     def after(self, state: Any, logits: Any) -> None:
         """Check what the step left: the new state, and logits [D + P, vocab]."""
-        if not self._on:
+        if not self.on:
             return
         pending, self._pending = self._pending, None
         if pending is None:

@@ -3,7 +3,8 @@
 It owns the state and the ledgers, asks the scheduler for a plan, lays the step out, runs the
 program and hands the tokens to the requests. What a request does with a token (text, stop rules)
 is its own business: it says after each token whether it is done. What a request's listener raises
-ends that request alone; what the step itself raises ends them all.
+ends that request alone, and so do logits of its own that are not finite; what the step itself
+raises ends them all.
 """
 
 from __future__ import annotations
@@ -19,12 +20,21 @@ from bailing_jax.config import ModelConfig
 from bailing_jax.engine import debug, sampler, sizes
 from bailing_jax.engine.limits import DECODE_STEPS, EngineLimits
 from bailing_jax.engine.pages import PageLedger
-from bailing_jax.engine.programs import STOP_IDS, Programs, StepResult, no_ends
+from bailing_jax.engine.programs import (
+    NOTHING,
+    STOP_IDS,
+    Ends,
+    Programs,
+    StepResult,
+    go_on,
+    no_ends,
+)
 from bailing_jax.engine.sampler import Knobs
 from bailing_jax.engine.scheduler import Scheduler, Sequence, StepPlan
 from bailing_jax.engine.sizes import ProgramSize
 from bailing_jax.engine.slots import SlotLedger
 from bailing_jax.engine.warming import compile_all
+from bailing_jax.errors import NotFiniteError
 from bailing_jax.row import Row
 from bailing_jax.sampling_params import SamplingParams
 from bailing_jax.state import DecodeState, StateSpec, allocate
@@ -60,6 +70,7 @@ class _Call(NamedTuple):
     plan: StepPlan
     layout: BatchLayout
     knobs: Knobs
+    ends: Ends | None
     result: StepResult
 
 
@@ -67,7 +78,7 @@ class Engine:
     """Runs requests to their end; `step` until `has_work` is False.
 
     Attributes:
-        on_compile: called with its sizes in words before a step has to compile a program.
+        on_compile: called with its sizes in words before a program has to be compiled.
     """
 
     def __init__(
@@ -90,10 +101,13 @@ class Engine:
             prefill_chunk=self._limits.prefill_chunk,
             max_segments=sizes.max_segments(self._limits),
             exact=self._limits.exact,
+            prefill_rows=sizes.prefill_rows(self._limits),
         )
         self._state = DecodeState(())  # gives the old one's memory back first
         self._state = allocate(self._config, self._spec)
         self._debug = debug.start(self._config, self._limits.page_size)
+        # A call that was started before the tokens of the one before it were seen.
+        self._ahead: _Call | None = None
 
     @property
     def has_work(self) -> bool:
@@ -132,7 +146,7 @@ class Engine:
             number: from `new_number`.
             stop_ids: tokens after which on_token says that it is done, so that a call that runs
                 several steps computes nothing behind them.
-            on_error: called with what on_token raised.
+            on_error: called with what on_token raised, or a NotFiniteError.
         """
         number = self.new_number() if number is None else number
         length = min(len(prompt) + params.max_tokens, self._limits.max_model_len)
@@ -195,25 +209,43 @@ class Engine:
         cuts: Mapping[int, int] | None = None,
         preempt: Collection[int] = (),
         max_steps: int = DECODE_STEPS,
+        ahead: bool = True,
     ) -> None:
         """Run one step and deliver its tokens. If that fails, every request is over.
 
         Where nobody prefills and the host has nothing to do in between, one call decodes up to
-        `max_steps` tokens of every request. The other arguments are wishes of a test, see
-        `Scheduler.plan`.
+        `max_steps` tokens of every request, and with `ahead` the next one is started before the
+        tokens of this one are seen. The other arguments are wishes of a test, see `Scheduler.plan`.
         """
         try:
-            plan = self._scheduler.plan(
-                budget=budget, cuts=cuts, preempt=preempt, max_steps=max_steps
-            )
-            # All calls are on their way before the first result is waited for.
-            for call in [self._call(part) for part in self._parts(plan)]:
+            if self._ahead is not None and (budget is not None or cuts or preempt):
+                self._settle()
+            # Nothing is handed out while a call is on its way: what a request held that ended
+            # meanwhile can be taken only by a plan made after the last call that names it.
+            calls, self._ahead = [self._ahead] if self._ahead is not None else [], None
+            if not calls:
+                plan = self._scheduler.plan(
+                    budget=budget, cuts=cuts, preempt=preempt, max_steps=max_steps
+                )
+                # All calls are on their way before the first result is waited for.
+                calls = [self._call(part) for part in self._parts(plan)]
+            if ahead and len(calls) == 1:
+                self._ahead = self._call_on(calls[0], max_steps)
+            for call in calls:
                 self._finish(call)
+            if not self._scheduler.running:
+                self._settle()
         except BaseException:
             # The state may be given away and a plan half done (Ctrl-C comes anywhere): nothing
             # that was running can be trusted to go on.
             self._start_afresh()
             raise
+
+    def _settle(self) -> None:
+        """Wait for the call that was started ahead, if there is one."""
+        call, self._ahead = self._ahead, None
+        if call is not None:
+            self._finish(call)
 
     def _parts(self, plan: StepPlan) -> list[StepPlan]:
         """What runs as one call: in exact mode decode and prefill each, else all together."""
@@ -249,23 +281,45 @@ class Engine:
         result = self._programs.step(self._state, layout, knobs, ends, plan.num_steps)
         self._state = result.state
         self._debug.after(self._state, result.logits)
-        return _Call(plan, layout, knobs, result)
+        return _Call(plan, layout, knobs, ends, result)
+
+    def _call_on(self, call: _Call, max_steps: int) -> _Call | None:
+        """Start the call behind one whose tokens only the device knows; None where none may be.
+
+        A row that has ended there names NULL in this call too. One that ends for a reason only the
+        host knows is computed in vain, in what it still holds.
+        """
+        # Debug mode compares every call with what the host knows.
+        if self._debug.on or call.ends is None or call.result.behind is None:
+            return None
+        plan = self._scheduler.plan_on(call.plan, max_steps)
+        if plan is None:
+            return None
+        layout = self._pack(plan.decode_rows(), [], ProgramSize(call.layout.num_decode, 0, 0))
+        layout, ends = go_on(layout, call.ends, call.result.behind)
+        result = self._programs.step(self._state, layout, call.knobs, ends, plan.num_steps)
+        self._state = result.state
+        return _Call(plan, layout, call.knobs, ends, result)
 
     def _finish(self, call: _Call) -> None:
         """Wait for a call, fold what it computed into the books and deliver its tokens."""
-        plan, layout, knobs, result = call
+        plan, layout, knobs, _, result = call
         tokens = np.array(result.tokens)
-        came = (tokens >= 0).sum(axis=0).tolist()
+        came = (tokens != NOTHING).sum(axis=0).tolist()
         self._scheduler.commit(plan, {s.number: came[row] for row, s in enumerate(plan.decodes)})
         # A sequence that is computed again knows its next token already.
         several = plan.num_steps > 1
         wanting = {
             row: self._requests[sequence.number]
             for row, sequence in _rows(plan, layout.num_decode).items()
-            if several or sequence.num_computed == len(sequence.tokens)
+            if sequence.number in self._requests
+            and (several or sequence.num_computed == len(sequence.tokens))
         }
         entries: list[dict[int, float] | None] = [None] * len(wanting)
         if any(sampler.needs_host(request.params) for request in wanting.values()):
+            rows = layout.logit_rows.shape[0]
+            if not self._programs.has_refine(rows):
+                self.on_compile(f"penalties and log probabilities of {rows} rows")
             choices = [request.choice() for request in wanting.values()]
             refined = self._programs.refine(
                 result.logits,
@@ -281,7 +335,9 @@ class Engine:
             for (row, request), entry in zip(wanting.items(), entries, strict=True):
                 # A listener may have ended anybody meanwhile.
                 alive = self._requests.get(request.sequence.number) is request
-                if alive and step[row] >= 0:
+                if alive and step[row] == sampler.NOT_FINITE:
+                    self._fail(request, _not_finite(request.sequence))
+                elif alive and step[row] != NOTHING:
                     self._deliver(request, step[row], entry)
 
     def _deliver(self, request: _Request, token: int, entry: dict[int, float] | None) -> None:
@@ -290,11 +346,15 @@ class Engine:
         try:
             done = request.on_token(token, entry)
         except Exception as error:
-            self.cancel(sequence.number)
-            request.on_error(error)
+            self._fail(request, error)
             return
         if done or len(sequence.tokens) >= sequence.max_length:
             self.cancel(sequence.number)
+
+    def _fail(self, request: _Request, error: Exception) -> None:
+        """End one request because of something of its own."""
+        self.cancel(request.sequence.number)
+        request.on_error(error)
 
     def _pack(
         self, decodes: list[Row], segments: list[Row], size: ProgramSize
@@ -314,6 +374,16 @@ def _rows(plan: StepPlan, num_decode: int) -> dict[int, Sequence]:
     """The sequences of a plan by their row among the D + P of the layout."""
     rows = dict(enumerate(plan.decodes))
     return rows | {num_decode + i: sequence for i, (sequence, _) in enumerate(plan.segments)}
+
+
+def _not_finite(sequence: Sequence) -> NotFiniteError:
+    made = len(sequence.tokens) - sequence.num_prompt
+    return NotFiniteError(
+        f"the model's logits are not finite (NaN or infinity) after {sequence.num_prompt} prompt "
+        f"tokens and {made} generated",
+        "Try dtype = float32 and state_dtype = float32; if it stays, the checkpoint is at fault.",
+        options=("dtype", "state_dtype"),
+    )
 
 
 def _ignore(_what: object) -> None:

@@ -1,9 +1,10 @@
 """Whether a model's step is exact on this device: one request alone and in company, bit for bit.
 
-The two calls of exact mode at their real sizes: a prefill call (D = 0) and a decode call (T = 0).
-The request runs once by itself in the first rows, slot and pages of a clean state, and once in the
-last rows, high slots and scattered pages among others that are longer, with NaN in whatever nobody
-owns. A difference says that this device can't promise exact mode; agreement is evidence, not proof.
+The calls of exact mode at their real sizes: a prefill call (D = 0) of each size and a decode call
+(T = 0). For each size of prefill a request runs once by itself in the first rows, slot and pages of
+a clean state, and once in the last rows, high slots and scattered pages among others that are
+longer, with NaN in whatever nobody owns. A difference says that this device can't promise exact
+mode; agreement is evidence, not proof.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bailing_jax import runtime
 from bailing_jax.batch import BatchLayout, pack
 from bailing_jax.config import ModelConfig
 from bailing_jax.engine.engine import EngineLimits
-from bailing_jax.engine.sizes import max_segments
+from bailing_jax.engine.sizes import max_segments, prefill_rows, prefill_size
 from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.layer_plan import layer_plan
 from bailing_jax.loading import LoadedModel
@@ -79,20 +80,33 @@ def find_difference(
         return merged.logits(x[layout.logit_rows]), state
 
     run = jax.jit(step, donate_argnums=1)
-    check = _Check(lambda state, layout: run(params, state, layout), config, limits, spec)
-    return check.compare()
+    for rows in prefill_rows(limits):
+        check = _Check(lambda state, layout: run(params, state, layout), config, limits, spec, rows)
+        problem = check.compare()
+        if problem is not None:
+            return problem
+    return None
 
 
 class _Check:
-    """The two runs, over one pool that is just large enough for them."""
+    """The two runs, over one pool that is just large enough for them.
+
+    `rows` is the size of the prefill call that takes the request's prompt.
+    """
 
     def __init__(
-        self, run: RunStep, config: ModelConfig, limits: EngineLimits, spec: StateSpec
+        self,
+        run: RunStep,
+        config: ModelConfig,
+        limits: EngineLimits,
+        spec: StateSpec,
+        rows: int,
     ) -> None:
         self.run, self.limits, self.config = run, limits, config
         self.recurrent = [layer.attention == "lightning" for layer in layer_plan(config)]
         room = limits.max_model_len - _DECODE_STEPS
-        self.num_prompt = max(1, min(limits.prefill_chunk, room) * 2 // 3)
+        self.rows = rows
+        self.num_prompt = max(1, min(rows, room) * 2 // 3)
         # Each of the others prefills in calls of its own, so its prompt may be a whole chunk.
         self.other_prompt = max(1, min(limits.prefill_chunk, room))
         self.long_prompt = max(1, min(max(limits.prefill_chunk, _LONG), room))
@@ -136,21 +150,23 @@ class _Check:
         self.state = self._spoiled()
         for other in others:
             while (left := other.num_prompt - other.done) > 0:
-                self._prefill([other], [min(left, self.limits.prefill_chunk)])
+                count = min(left, self.limits.prefill_chunk)
+                rows = prefill_size(self.limits, count).prefill_rows
+                self._prefill([other], [count], rows)
         # Company in the very call: a new sequence in the slot and pages of one that is done.
         before = []
-        room = self.limits.prefill_chunk - run.num_prompt
+        room = self.rows - run.num_prompt
         if others and room and max_segments(self.limits) > 1:
             gone = others[-1]
             tokens = gone.tokens[: min(room, gone.num_prompt)]
             before = [_Run(tokens, len(tokens), gone.slot, gone.pages)]
             others = [*others[:-1], before[0]]
         pieces = [*before, run]
-        logits = self._prefill(pieces, [piece.num_prompt for piece in pieces])
+        logits = self._prefill(pieces, [piece.num_prompt for piece in pieces], self.rows)
         run.bits.append(_bits(logits[len(before)]))
         for _ in range(_DECODE_STEPS):
             rows = [other for other in others if other.done < len(other.tokens)] + [run]
-            run.bits.append(_bits(self._step(rows, [])[len(rows) - 1]))
+            run.bits.append(_bits(self._step(rows, [], 0)[len(rows) - 1]))
         for is_slots, leaf in zip(self.recurrent, self.state.layers, strict=True):
             array = np.asarray(leaf)[run.slot if is_slots else np.array(run.pages)]
             if not is_slots:
@@ -167,16 +183,18 @@ class _Check:
             leaf[0] = 0
         return DecodeState(tuple(jax.device_put(leaf) for leaf in leaves))
 
-    def _prefill(self, runs: Sequence[_Run], counts: Sequence[int]) -> np.ndarray:
-        return self._step([], list(zip(runs, counts, strict=True)))
+    def _prefill(self, runs: Sequence[_Run], counts: Sequence[int], rows: int) -> np.ndarray:
+        return self._step([], list(zip(runs, counts, strict=True)), rows)
 
-    def _step(self, decodes: Sequence[_Run], segments: Sequence[tuple[_Run, int]]) -> np.ndarray:
+    def _step(
+        self, decodes: Sequence[_Run], segments: Sequence[tuple[_Run, int]], rows: int
+    ) -> np.ndarray:
         limits = self.limits
         layout = pack(
             [run.row(1) for run in decodes],
             [run.row(count) for run, count in segments],
             num_decode=limits.max_num_seqs if decodes else 0,
-            num_prefill=0 if decodes else limits.prefill_chunk,
+            num_prefill=rows,
             num_segments=0 if decodes else max_segments(limits),
             page_size=limits.page_size,
             pages_a_sequence=limits.pages_a_sequence,

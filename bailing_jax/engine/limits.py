@@ -9,6 +9,8 @@ from bailing_jax.state import StateSpec
 # Decode steps one device call may run. More would save no more of the host's share (2 % of a step
 # is left), and a stream gets its tokens in bursts of that many.
 DECODE_STEPS = 8
+# Prefill rows a step may have, where that is less than a whole chunk.
+PREFILL_SIZES = (64, 256, 1024)
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class EngineLimits:
         prefill_chunk: prefill tokens a step.
         page_size: tokens a page.
         max_num_pages: pages of all sequences together; None: every sequence at full length.
-        exact: steps of fixed sizes, prompts cut on a fixed grid.
+        exact: sizes of steps follow from each sequence alone, prompts are cut on a fixed grid.
+        small_prefills: prefill rows a step may have besides `prefill_chunk`, ascending.
     """
 
     max_num_seqs: int
@@ -30,6 +33,7 @@ class EngineLimits:
     page_size: int
     max_num_pages: int | None = None
     exact: bool = False
+    small_prefills: tuple[int, ...] = PREFILL_SIZES
 
     @property
     def pages_a_sequence(self) -> int:

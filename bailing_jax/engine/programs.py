@@ -41,19 +41,36 @@ class Ends(NamedTuple):
     stop_ids: np.ndarray
 
 
+class Behind(NamedTuple):
+    """Where the D rows of a decode call stand behind it: all that the next call of them needs.
+
+    Attributes:
+        tokens: int32 [D], the next token of each.
+        contexts: int32 [D], its position.
+        room: int32 [D], tokens that may still come.
+    """
+
+    tokens: jax.Array
+    contexts: jax.Array
+    room: jax.Array
+
+
 class StepResult(NamedTuple):
     """What a step leaves.
 
     Attributes:
         tokens: int32 [steps, B], B = D + P the sequences of the layout: what each picked in each
-            step; NOTHING for decode rows that had ended (their count is `steps` at most).
+            step; NOTHING for decode rows that had ended (their count is `steps` at most);
+            `sampler.NOT_FINITE` where there was nothing to pick, which ends a decode row.
         logits: float32 [B, vocab] of the last step that ran.
         state: the new state.
+        behind: of a call that only decodes.
     """
 
     tokens: jax.Array
     logits: jax.Array
     state: DecodeState
+    behind: Behind | None = None
 
 
 class Programs:
@@ -148,6 +165,10 @@ class Programs:
         self.compile_refine(*logits.shape)
         return Refined(*self._refiners[logits.shape[0]](logits, tokens, edits, knobs, positions))
 
+    def has_refine(self, rows: int) -> bool:
+        """Whether `refine` is compiled for steps of so many sequences."""
+        return rows in self._refiners
+
     def compile_refine(self, rows: int, vocab: int) -> None:
         """Compile `refine` for steps of so many sequences."""
         if rows not in self._refiners:
@@ -181,6 +202,15 @@ class Programs:
     ) -> tuple[jax.Array, DecodeState]:
         """Log probability float32 [T] of targets int32 [T] after every prefill row."""
         return self._token_logprobs(self._leaves, state, layout, targets)
+
+
+def go_on(layout: BatchLayout, ends: Ends, behind: Behind) -> tuple[BatchLayout, Ends]:
+    """Layout and ends of the next call of the same rows, whose tokens only the device knows yet.
+
+    Positions are not among what it needs: a decode call makes them from the contexts.
+    """
+    layout = replace(layout, tokens=behind.tokens, decode_contexts=behind.contexts)
+    return layout, ends._replace(room=behind.room)
 
 
 def no_ends(rows: int) -> Ends:
@@ -230,7 +260,7 @@ def _decode(merged):
             )
             logits, tokens, state = _run(merged, leaves, state, here, knobs)
             found = found.at[i].set(jnp.where(alive, tokens, NOTHING))
-            stops = (tokens[:, None] == ends.stop_ids).any(axis=1)
+            stops = (tokens[:, None] == ends.stop_ids).any(axis=1) | (tokens < 0)
             room = jnp.where(alive & ~stops, room - 1, 0)
             tokens = jnp.where(room > 0, tokens, 0)
             return i + 1, tokens, contexts + 1, room, found, logits, state
@@ -249,8 +279,8 @@ def _decode(merged):
             jnp.zeros((rows, vocab), jnp.float32),
             state,
         )
-        _, _, _, _, found, logits, state = jax.lax.while_loop(goes_on, one_step, start)
-        return found, logits, state
+        _, *behind, found, logits, state = jax.lax.while_loop(goes_on, one_step, start)
+        return found, logits, state, Behind(*behind)
 
     return decode
 

@@ -23,6 +23,9 @@ import numpy as np
 
 from bailing_jax.sampling_params import MAX_LOGPROBS, SamplingParams
 
+# In place of a token: the row's logits are not numbers to choose from. Not -1, which pads stop ids.
+NOT_FINITE = -2
+
 
 class Choice:
     """What one row asks for: resolved parameters, the tokens so far, a seed.
@@ -100,14 +103,21 @@ def knobs(size: int, rows: Sequence[int], choices: Sequence[tuple[SamplingParams
 
 
 def pick(logits: jax.Array, knobs: Knobs, positions: jax.Array) -> jax.Array:
-    """A token int32 [B] of logits [B, vocab] for each row's position; part of a program."""
+    """A token int32 [B] of logits [B, vocab] for each row's position; part of a program.
+
+    NOT_FINITE for a row that holds NaN or +infinity, or nothing but -infinity; a single -infinity
+    only rules its token out.
+    """
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     draws = jnp.asarray(knobs.temperature) > 0
-    return jax.lax.cond(
+    tokens = jax.lax.cond(
         draws.any(),
         lambda: jnp.where(draws, _draw(logits, knobs, positions), best),
         lambda: best,
     )
+    # argmax takes a NaN for the largest, so the best logit tells of every one in its row.
+    largest = jnp.take_along_axis(logits, best[:, None], axis=1)[:, 0]
+    return jnp.where(jnp.isfinite(largest), tokens, NOT_FINITE)
 
 
 class Edits(NamedTuple):
@@ -157,7 +167,8 @@ def refine(
     tokens = jnp.where(edits.is_edited, pick(edited, knobs, positions), tokens)
     table = jax.nn.log_softmax(logits)
     values, ids = jax.lax.top_k(table, min(MAX_LOGPROBS, logits.shape[1]))
-    return Refined(tokens, jnp.take_along_axis(table, tokens[:, None], axis=1)[:, 0], ids, values)
+    chosen = jnp.take_along_axis(table, jnp.maximum(tokens, 0)[:, None], axis=1)[:, 0]
+    return Refined(tokens, chosen, ids, values)
 
 
 def logprobs(

@@ -8,8 +8,9 @@ younger, stands still with what it has. So the oldest always moves on, and every
 
 Every running sequence with state and one new token decodes in every step; what is left of the
 token budget prefills waiting prompts, oldest first, in segments. In exact mode prompts are cut only
-at multiples of `prefill_chunk` from token 0, and generated tokens always go through decode, also
-when they are computed again: then a token's arithmetic is that of the request alone.
+at multiples of `prefill_chunk` from token 0, pieces prefill together only where each alone would
+take a call of the same size, and generated tokens always go through decode, also when they are
+computed again: then a token's arithmetic is that of the request alone.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class Scheduler:
         prefill_chunk: prefill tokens a step, and in exact mode the grid prompts are cut on.
         max_segments: segments a step.
         exact: see above.
+        prefill_rows: the sizes of prefill calls, ascending; looked at in exact mode only.
         waiting: without slot and pages, in order of arrival.
         running: with both, in order of arrival.
     """
@@ -111,6 +113,7 @@ class Scheduler:
     prefill_chunk: int
     max_segments: int
     exact: bool = False
+    prefill_rows: tuple[int, ...] = ()
     waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
     _arrivals: int = 0
@@ -157,8 +160,20 @@ class Scheduler:
         ready = [s for s in ready if s.slot is not None]
         self._admit()
         segments = self._segments(self.prefill_chunk if budget is None else budget, cuts or {})
-        steps = 1 if segments else self._grow_ahead(ready, max_steps)
-        return StepPlan(tuple(ready), tuple(segments), steps)
+        steps = 0 if segments else self._grow_ahead(ready, max_steps)
+        return StepPlan(tuple(ready), tuple(segments), max(steps, 1))
+
+    def plan_on(self, plan: StepPlan, max_steps: int) -> StepPlan | None:
+        """The step behind one of decodes that runs still; None where its tokens must be seen first.
+
+        It is for the same sequences, all of which still hold what they held, and only while nobody
+        waits. So no slot or page named in the running step is free, and none of them can be handed
+        out here.
+        """
+        if self.waiting or plan.segments or set(plan.decodes) != set(self.running):
+            return None
+        steps = self._grow_ahead(plan.decodes, max_steps, begun=plan.num_steps)
+        return StepPlan(plan.decodes, (), steps) if steps else None
 
     def commit(self, plan: StepPlan, counts: Mapping[int, int] | None = None) -> None:
         """Record that the step's tokens are folded in; `counts` by number where not one each."""
@@ -194,17 +209,18 @@ class Scheduler:
         sequence.pages = self.pages.grow(sequence.pages, wanted)
         return True
 
-    def _grow_ahead(self, ready: list[Sequence], most: int) -> int:
+    def _grow_ahead(self, ready: Collection[Sequence], most: int, begun: int = 0) -> int:
         """Pages for as many decode steps as are free of charge: how many that are.
 
         Nobody gives way for them. While others wait, no row may idle at its known end.
+        `begun` steps run already, and may give a token each.
         """
-        if not ready or most == 1 or not all(self._may_run_ahead(s) for s in ready):
-            return 1
-        rooms = [s.max_length - len(s.tokens) for s in ready]
+        if not ready or not all(self._may_run_ahead(s) for s in ready):
+            return 0
+        rooms = [s.max_length - len(s.tokens) - begun for s in ready]
         steps = min(most, min(rooms) if self.waiting else max(rooms))
-        while steps > 1:
-            lengths = [min(s.num_computed + steps, s.max_length) for s in ready]
+        while steps > 0:
+            lengths = [min(s.num_computed + begun + steps, s.max_length) for s in ready]
             held = [len(s.pages.pages) for s in ready if s.pages is not None]
             missing = sum(
                 max(self.pages.pages_for(length) - have, 0)
@@ -216,7 +232,7 @@ class Scheduler:
                         sequence.pages = self.pages.grow(sequence.pages, length)
                 return steps
             steps //= 2
-        return 1
+        return 0
 
     def _may_run_ahead(self, sequence: Sequence) -> bool:
         return sequence.several_steps and sequence.num_computed == len(sequence.tokens) - 1
@@ -240,18 +256,28 @@ class Scheduler:
         )
 
     def _segments(self, budget: int, cuts: Mapping[int, int]) -> list[tuple[Sequence, int]]:
-        """Pieces of prompts, oldest first."""
+        """Pieces of prompts, oldest first; in exact mode those that need the first one's size."""
         segments: list[tuple[Sequence, int]] = []
+        rows = 0
         for sequence in self.running:
             if budget <= 0 or len(segments) == self.max_segments:
                 break
             if self._decodes(sequence):
                 continue
             count = self._piece(sequence, budget, cuts.get(sequence.number))
-            if count > 0:
+            if count <= 0:
+                continue
+            if self.exact and not segments:
+                rows = self._rows_for(count)
+                budget = min(budget, rows)
+            if not self.exact or self._rows_for(count) == rows:
                 segments.append((sequence, count))
                 budget -= count
         return segments
+
+    def _rows_for(self, count: int) -> int:
+        """The size of the prefill call that a piece takes, which its own length decides."""
+        return next((r for r in self.prefill_rows if r >= count), self.prefill_chunk)
 
     def _piece(self, sequence: Sequence, budget: int, cut: int | None) -> int:
         """How many tokens of its prompt a sequence takes in now."""

@@ -1,8 +1,9 @@
 """The static sizes of steps: each is a program to compile, so there are at most twelve.
 
 A step that only decodes has room for a power of two of rows. One that prefills has room for every
-sequence's decode row, one of a few numbers of prompt tokens, and a fixed number of segments. Exact
-mode has two sizes: a prefill call and a decode call, whatever the company. No jax.
+sequence's decode row, one of a few numbers of prompt tokens, and a fixed number of segments. In
+exact mode decode and prefill are calls of their own: one size for decode, whatever the company, and
+for each piece of a prompt the smallest prefill that has room for it alone. No jax.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import NamedTuple, Protocol
 
 MAX_PROGRAMS = 12
 MAX_SEGMENTS = 32
-_PREFILL_SIZES = (64, 256, 1024)
 
 
 class Limits(Protocol):
@@ -29,7 +29,12 @@ class Limits(Protocol):
 
     @property
     def exact(self) -> bool:
-        """Whether prefill and decode are calls of one fixed size each."""
+        """Whether the size of a step must follow from each of its sequences alone."""
+        ...
+
+    @property
+    def small_prefills(self) -> tuple[int, ...]:
+        """Prefill rows a step may have besides `prefill_chunk`, ascending."""
         ...
 
 
@@ -64,9 +69,9 @@ def decode_sizes(limits: Limits) -> tuple[ProgramSize, ...]:
     largest = limits.max_num_seqs
     rows = [] if limits.exact else [1 << i for i in range((largest - 1).bit_length())]
     rows.append(largest)
-    while len(rows) > MAX_PROGRAMS - len(_prefill_rows(limits)):
+    while len(rows) > MAX_PROGRAMS - len(prefill_rows(limits)):
         gone = 1
-        while gone < len(rows) - 1 and len(rows) > MAX_PROGRAMS - len(_prefill_rows(limits)):
+        while gone < len(rows) - 1 and len(rows) > MAX_PROGRAMS - len(prefill_rows(limits)):
             del rows[gone]
             gone += 1
     return tuple(ProgramSize(count, 0, 0) for count in rows)
@@ -76,13 +81,14 @@ def prefill_sizes(limits: Limits) -> tuple[ProgramSize, ...]:
     """Every step that takes in prompt tokens, from the smallest."""
     decode_rows = 0 if limits.exact else limits.max_num_seqs
     return tuple(
-        ProgramSize(decode_rows, rows, max_segments(limits)) for rows in _prefill_rows(limits)
+        ProgramSize(decode_rows, rows, max_segments(limits)) for rows in prefill_rows(limits)
     )
 
 
-def _prefill_rows(limits: Limits) -> tuple[int, ...]:
-    small = () if limits.exact else _PREFILL_SIZES
-    return (*(rows for rows in small if rows < limits.prefill_chunk), limits.prefill_chunk)
+def prefill_rows(limits: Limits) -> tuple[int, ...]:
+    """The numbers of prefill rows a step may have, ascending."""
+    small = (rows for rows in limits.small_prefills if rows < limits.prefill_chunk)
+    return (*small, limits.prefill_chunk)
 
 
 def decode_size(limits: Limits, count: int) -> ProgramSize:
@@ -91,7 +97,10 @@ def decode_size(limits: Limits, count: int) -> ProgramSize:
 
 
 def prefill_size(limits: Limits, tokens: int) -> ProgramSize:
-    """The step that takes in so many prompt tokens, whoever decodes beside them."""
+    """The step that takes in so many prompt tokens, whoever decodes beside them.
+
+    In exact mode the tokens of one piece: those that share its call are of the same size.
+    """
     return next(size for size in prefill_sizes(limits) if size.prefill_rows >= tokens)
 
 

@@ -30,6 +30,7 @@ from tiny_models import NUM_SEQS, linear_llm, tiny_llm
 from bailing_jax import LLM, SamplingParams
 from bailing_jax.cli import job, job_output
 from bailing_jax.cli.job_input import Requests
+from bailing_jax.request import CompletionOutput
 
 
 @pytest.fixture
@@ -228,7 +229,7 @@ def test_unicode_is_written_as_it_is(source: Path, output: Path) -> None:
 
 def test_numbers_json_lacks_become_null() -> None:
     entry = {3: -0.5, 4: float("-inf"), 5: float("nan")}
-    answer = SimpleNamespace(text="", token_ids=[3], finish_reason="stop", logprobs=[entry])
+    answer = CompletionOutput(0, "", [3], [entry], "stop")
     request: Any = SimpleNamespace(
         output=lambda: SimpleNamespace(outputs=[answer]),
         prompt_token_ids=[1],

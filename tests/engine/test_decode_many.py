@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import NUM_SEQS, is_idle, latent_llm, linear_llm
+from tiny_models import LATENT, LINEAR, NUM_SEQS, is_idle, latent_llm, linear_llm, tiny_llm
 
 from bailing_jax import LLM, SamplingParams
 from bailing_jax.batch import pack
@@ -115,3 +115,71 @@ def test_r022_a_row_that_has_ended_writes_no_slot_and_no_page(llm: LLM) -> None:
     # The first row's slot and pages are those it left after its two tokens, bit for bit.
     for one, other in zip(leaves(together.state), after_two, strict=True):
         np.testing.assert_array_equal(one[1], other[1])
+
+
+# The next call is on its way before a call's tokens are seen.
+
+
+@pytest.fixture(scope="module", params=sorted(MODELS))
+def exact_llm(request: pytest.FixtureRequest) -> LLM:
+    """Without debug mode, which waits for every call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BAILING_DEBUG", "0")
+        return tiny_llm(LATENT if request.param == "latent" else LINEAR, batch_invariant=True)
+
+
+def run_ahead(llm: LLM, ahead: bool, last: int) -> tuple[list[Any], list[bytes], int]:
+    """Answers, what the slots hold at the end, and the calls started ahead.
+
+    The second request is cancelled with its token number `last`, which the device can't know; what
+    its own slot holds then is left out.
+    """
+    engine = llm._engine
+    requests = []
+    for i, length in enumerate((3, 17, 32)):
+        fields = {"temperature": 0.8 * (i % 2), "seed": i, "stop_token_ids": [30 + i, 77]}
+        params = SamplingParams(max_tokens=(30, 50, 46)[i], ignore_eos=True, **fields)
+        requests.append(llm.prepare([5 + i] * length, params))
+    heard: list[int] = []
+
+    def cancels(piece: Any) -> None:
+        heard.append(piece.token_id)
+        if len(heard) == last:
+            llm.cancel(requests[1])
+
+    for i, request in enumerate(requests):
+        llm.submit(request, cancels if i == 1 else None)
+    started = 0
+    sequences = [engine._requests[request.numbers[0]].sequence for request in requests]
+    engine.step(ahead=ahead)
+    places = [0, *(s.slot.slot for s in (sequences[0], sequences[2]) if s.slot)]
+    while engine.has_work:
+        engine.step(ahead=ahead)
+        started += engine._ahead is not None
+    assert is_idle(llm)
+    slots = [np.array(leaf) for leaf in engine._state.layers if leaf.shape[0] == NUM_SEQS + 1]
+    assert slots
+    states = [leaf[slot].tobytes() for leaf in slots for slot in places]
+    return [request.output() for request in requests], states, started
+
+
+@pytest.mark.parametrize("last", [21, 99])
+def test_r082_calls_started_ahead_change_no_bit(exact_llm: LLM, last: int) -> None:
+    """Neither of the tokens nor of the states, with stops that the device knows too."""
+    want, states, started = run_ahead(exact_llm, False, last)
+    assert started == 0
+    got, others, started = run_ahead(exact_llm, True, last)
+    assert started > 2
+    assert got == want
+    assert [*map(hash, others)] == [*map(hash, states)]
+
+
+def test_the_program_beside_the_step_is_announced_too(exact_llm: LLM) -> None:
+    """Where nobody warmed up, the first request with log probabilities compiles it."""
+    told: list[str] = []
+    exact_llm.watch_compiling(told.append)
+    for _ in range(2):
+        exact_llm.generate([1, 2], SamplingParams(max_tokens=2, temperature=0.0, logprobs=1))
+    exact_llm.watch_compiling(None)
+    beside = [words for words in told if "penalties" in words]
+    assert beside == [f"penalties and log probabilities of {NUM_SEQS} rows"]

@@ -30,6 +30,12 @@ GREEDY = resolve(SamplingParams(temperature=0.0), {}, "")
 _no_state = pytest.fixture(autouse=True)(no_state)
 
 
+@pytest.fixture(autouse=True, params=["1", "0"], ids=["debug", "ahead"])
+def _debug(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without debug mode the next call may be on its way before a call's tokens are seen."""
+    monkeypatch.setenv("BAILING_DEBUG", request.param)
+
+
 PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20)
 REQUESTS = st.lists(st.tuples(PROMPTS, st.integers(1, 9)), min_size=1, max_size=9)
 
@@ -49,8 +55,8 @@ def test_r022_every_request_gets_the_answer_it_gets_alone(
 
 # Where the wishes of a test take the engine; few pages, so that requests give way by themselves.
 TIGHT = replace(LIMITS, max_num_pages=9)
-EXACT = replace(LIMITS, exact=True)
-TIGHT_EXACT = replace(TIGHT, exact=True)
+EXACT = replace(LIMITS, exact=True, small_prefills=(2, 5))
+TIGHT_EXACT = replace(EXACT, max_num_pages=9)
 WISHES = st.lists(
     st.tuples(
         st.one_of(st.none(), st.integers(0, 8)),
@@ -81,14 +87,22 @@ def test_r080_whatever_budgets_cuts_and_preemptions_the_answer_is_the_one_alone(
     assert is_idle(engine)
 
 
-def test_exact_mode_runs_two_programs() -> None:
+def test_exact_mode_runs_a_prefill_of_the_pieces_own_size_and_one_decode() -> None:
     echo = Echo(TIGHT_EXACT)
     engine = make_engine(echo)
     for length in range(1, 20):
         ask(engine, [length] * length, 1 + length % 7)
         engine.step(max_steps=1)
     finish(engine)
-    assert echo.ran == {(0, 8, 3), (3, 0, 0)}
+    assert echo.ran == {(0, 2, 3), (0, 5, 3), (0, 8, 3), (3, 0, 0)}
+    assert {(rows, count) for rows, counts in echo.pieces for count in counts} == {
+        (next(rows for rows in (2, 5, 8) if rows >= count), count) for count in range(1, 9)
+    }
+    # Those that need the same size share a call where they fit.
+    for length in (3, 1, 1):
+        ask(engine, [length] * length, 2)
+    finish(engine)
+    assert echo.pieces[-2:] == [(5, [3]), (2, [1, 1])]
 
 
 EVENTS = st.lists(

@@ -42,6 +42,7 @@ class World:
         self.alive: dict[int, Sequence] = {}
         self.folded: dict[int, list[int]] = {}  # what a state would have been fed
         self.old: list[SlotHandle | PageHandle] = []
+        self.num_planned_on = 0
         self._numbers, self._tokens = count(1), count(1000)
 
     def submit(self, num_prompt: int, num_new: int, ahead: bool) -> None:
@@ -64,6 +65,7 @@ class World:
     def step(
         self, budget: int | None, cuts: dict[int, int], preempt: set[int], steps: int, luck: int
     ) -> StepPlan:
+        """A plan and, where there may be one, the plan made on before its tokens are known."""
         before = {n: s.num_preempted for n, s in self.alive.items()}
         running = {s.number for s in self.scheduler.running}
         plan = self.scheduler.plan(budget=budget, cuts=cuts, preempt=preempt, max_steps=steps)
@@ -73,8 +75,27 @@ class World:
             elif number in preempt:
                 assert number not in running
         self.check(plan, CHUNK if budget is None else budget)
+        on = self.scheduler.plan_on(plan, steps)
+        if on is not None:
+            self.check_on(plan, on)
         self.commit(plan, luck)
+        if on is not None:
+            self.num_planned_on += 1
+            self.check_books()
+            self.commit(on, luck + 1 if luck else 0)
         return plan
+
+    def check_on(self, plan: StepPlan, on: StepPlan) -> None:
+        """It is for the same rows, with pages for the most that both calls can fold in."""
+        assert on.decodes == plan.decodes
+        assert not on.segments
+        assert not self.scheduler.waiting
+        for sequence in on.decodes:
+            both = sequence.num_computed + plan.num_steps + on.num_steps
+            assert sequence.pages is not None
+            assert len(sequence.pages.pages) * PAGE_SIZE >= min(both, sequence.max_length)
+        assert any(len(s.tokens) + plan.num_steps < s.max_length for s in on.decodes)
+        self.check_books()
 
     def check(self, plan: StepPlan, budget: int) -> None:
         rows = plan.decode_rows() + plan.segment_rows()
@@ -105,9 +126,11 @@ class World:
         """Fold what was planned in; every whole sequence gets a token for each step."""
         counts = {}
         for sequence in plan.decodes:
+            # Of one that has ended since the plan nothing comes any more.
             room = sequence.max_length - len(sequence.tokens)
-            counts[sequence.number] = min(plan.num_steps, room)
-        planned = [(s, counts[s.number]) for s in plan.decodes] + list(plan.segments)
+            counts[sequence.number] = min(plan.num_steps, room) * (sequence.number in self.alive)
+        living = [(s, counts[s.number]) for s in plan.decodes if s.number in self.alive]
+        planned = living + list(plan.segments)
         starts = [sequence.num_computed for sequence, _ in planned]
         self.scheduler.commit(plan, counts)
         for (sequence, length), start in zip(planned, starts, strict=True):
@@ -225,7 +248,7 @@ def test_r023_any_order_of_events_keeps_the_books() -> None:
 def test_r024_a_hundred_thousand_operations_keep_the_books(exact: bool) -> None:
     """The same rules from a plain generator, which is several times faster: 50,000 each."""
     rng = random.Random(f"schedules {exact}")
-    done = preempted = several = 0
+    done = preempted = several = planned_on = 0
     while done < 50_000:
         sizes = rng.randint(1, 5), rng.randint(3, 20), rng.randint(1, 3)
         world = World(exact, *sizes)
@@ -245,4 +268,5 @@ def test_r024_a_hundred_thousand_operations_keep_the_books(exact: bool) -> None:
             world.check_books()
             preempted += sum(s.num_preempted > 0 for s in world.alive.values())
         world.drain()
-    assert min(preempted, several) > 500  # what the test is about did happen
+        planned_on += world.num_planned_on
+    assert min(preempted, several, planned_on) > 500  # what the test is about did happen

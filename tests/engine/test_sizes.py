@@ -71,11 +71,15 @@ def test_where_many_run_at_once_small_steps_are_left_out(
     assert len(job_programs(bound)) == 12
 
 
-def test_exact_mode_has_one_size_for_each_kind_of_row() -> None:
+def test_exact_mode_has_one_size_to_decode_and_a_few_to_prefill() -> None:
     exact = EngineLimits(5, 128, 32, 64, exact=True)
     assert job_programs(exact) == ((0, 32, 5), (5, 0, 0))
     assert prompt_programs(exact, 3) == ((0, 32, 5), (5, 0, 0))
     assert prefill_size(exact, 1).in_words() == "32 prefill rows"
+    exact = EngineLimits(40, 128, 512, 64, exact=True)
+    assert job_programs(exact) == ((0, 64, 32), (0, 256, 32), (0, 512, 32), (40, 0, 0))
+    assert prompt_programs(exact, 600) == ((0, 256, 32), (0, 512, 32), (40, 0, 0))
+    assert prompt_programs(exact, 70) == ((0, 256, 32), (40, 0, 0))
 
 
 MIXED: dict[str, dict[str, Any]] = {
