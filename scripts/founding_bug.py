@@ -34,8 +34,8 @@ CONCURRENCY = 32
 # More problems than places, so that prompts keep joining answers under way.
 NUM, QUICK_NUM = 40, 6
 QUICK_CONCURRENCY = 4
-# The longest right answer of the generator has about 260 tokens; a rotten one may never end.
-MAX_TOKENS = 300
+# The longest right answer of the generator has about 320 tokens; a rotten one may never end.
+MAX_TOKENS = 350
 # One size of prefill for every step: of what a run takes, most is compiling.
 PREFILL_CHUNK = 64
 SHOWN, SHOWN_LINES = 2, 8
