@@ -205,7 +205,7 @@ def _kernel(
                 source, target = packed.at[there, block], into.at[buffer, here]
                 act(pltpu.make_async_copy(source, target, done.rows_in.at[buffer]))
 
-        _in_pieces(count, chunk, piece)
+        _in_pieces(count, chunk, num_rows, piece)
 
     def copy_out(row, count, buffer, act):
         def piece(offset, size):
@@ -213,7 +213,7 @@ def _kernel(
             target = o.at[pl.ds(row + offset, size), block]
             act(pltpu.make_async_copy(source, target, done.rows_out.at[buffer]))
 
-        _in_pieces(count, chunk, piece)
+        _in_pieces(count, chunk, num_rows, piece)
 
     def load(segment):
         slot = state.at[jnp.abs(signed_slot(segment)), block]
@@ -324,18 +324,26 @@ def _wait(copy: Any) -> None:
     copy.wait()
 
 
-def _in_pieces(count: jax.Array, chunk: int, piece: Callable[[Scalar, int], None]) -> None:
-    """piece(offset, size) for rows 0 to `count`: all `chunk` at once, else powers of two."""
+def _in_pieces(
+    count: jax.Array, chunk: int, num_rows: int, piece: Callable[[Scalar, int], None]
+) -> None:
+    """piece(offset, size) for rows 0 to `count`: all `chunk` at once, else powers of two.
 
-    @pl.when(count == chunk)
-    def _():
-        piece(0, chunk)
+    No copy larger than the call's `num_rows` is made: no chunk has as many.
+    """
+    if chunk <= num_rows:
+
+        @pl.when(count == chunk)
+        def _():
+            piece(0, chunk)
 
     @pl.when(count < chunk)
     def _():
         # Copies have static sizes: the binary digits of the count, the largest first.
         for digit in reversed(range((chunk - 1).bit_length())):
             size = 1 << digit
+            if size > num_rows:
+                continue
 
             @pl.when((count & size) != 0)
             def _(size=size):
