@@ -13,6 +13,7 @@ rows, on slot or page numbers, nor on how long other sequences are. `exact` asks
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import logging
 from collections.abc import Callable
@@ -45,6 +46,18 @@ _PREFERENCE = {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla"), "cpu": ("xla",)}
 
 def always(*_args: object, **_kwargs: object) -> None:
     """The `supports` of an implementation without limits."""
+
+
+def lazily(module: str, function: str) -> Callable:
+    """A function of a module that is imported by its first call.
+
+    Kernels for one kind of device bring its part of Pallas, which other starts do without.
+    """
+
+    def call(*args: object, **kwargs: object) -> object:
+        return getattr(importlib.import_module(module), function)(*args, **kwargs)
+
+    return call
 
 
 def register(

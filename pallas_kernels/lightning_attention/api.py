@@ -9,12 +9,13 @@ decay a head (see `reference.py`).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.lightning_attention import gpu, reference, tpu_decode, tpu_prefill, train, xla
+from pallas_kernels.lightning_attention import gpu, reference, train, xla
 
 CHUNK_SIZE = 64
 
@@ -25,15 +26,27 @@ for _name, _module, _exact in (("xla", xla, True), ("reference", reference, Fals
         _run = getattr(_module, _operator)
         dispatch.register(_operator, _name, _run, exact=_run if _exact else None)
 dispatch.register("lightning_prefill", "train", train.lightning_prefill)
-dispatch.register("lightning_prefill", "gpu", gpu.lightning_prefill, gpu.prefill_supports)
-dispatch.register("lightning_decode", "gpu", gpu.lightning_decode, gpu.decode_supports)
+
+
+def _from(module: str, function: str) -> Callable:
+    return dispatch.lazily(f"{__package__}.{module}", function)
+
+
 dispatch.register(
-    "lightning_prefill", "tpu", tpu_prefill.lightning_prefill, tpu_prefill.supports,
-    exact=tpu_prefill.in_chunks,
+    "lightning_prefill", "gpu", _from("gpu_grad", "lightning_prefill"), gpu.prefill_supports
+)
+dispatch.register(
+    "lightning_decode", "gpu", _from("gpu_decode", "lightning_decode"), gpu.decode_supports
+)
+dispatch.register(
+    "lightning_prefill", "tpu",
+    _from("tpu_prefill", "lightning_prefill"), _from("tpu_prefill", "supports"),
+    exact=_from("tpu_prefill", "in_chunks"),
 )  # fmt: skip
+_decode_on_tpu = _from("tpu_decode", "lightning_decode")
 dispatch.register(
-    "lightning_decode", "tpu", tpu_decode.lightning_decode, tpu_decode.supports,
-    exact=tpu_decode.lightning_decode,
+    "lightning_decode", "tpu", _decode_on_tpu, _from("tpu_decode", "supports"),
+    exact=_decode_on_tpu,
 )  # fmt: skip
 
 

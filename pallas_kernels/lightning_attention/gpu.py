@@ -1,7 +1,6 @@
-"""Lightning attention on NVIDIA Hopper GPUs: what `api` registers as "gpu".
+"""When lightning attention runs on the kernels for NVIDIA Hopper GPUs.
 
-The kernels (`gpu_prefill`, `gpu_scan`, `gpu_decode`) and Mosaic GPU under them are loaded by the
-first call that can run: elsewhere that would only make every start slower.
+The modules of the kernels import Mosaic GPU, so they are asked only where it can run at all.
 """
 
 from __future__ import annotations
@@ -9,47 +8,22 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels import compat
+from pallas_kernels.dispatch import Supports, lazily
 
 
-def prefill_supports(
-    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, state: jax.Array
-) -> str | None:
-    """Why "gpu" can't run this prefill, or None."""
-    reason = _why_no_gpu(q, k)
-    if reason is not None:
-        return reason
-    from pallas_kernels.lightning_attention import gpu_grad
+def _supports(module: str) -> Supports:
+    """The `supports` of kernels whose module has a `why_not(q, v, state)`."""
+    why_not = lazily(f"{__package__}.{module}", "why_not")
 
-    return gpu_grad.why_not(q, v, state)
+    def supports(
+        q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, state: jax.Array
+    ) -> str | None:
+        if q.dtype != k.dtype:
+            return f"q is {q.dtype} and k {k.dtype}: want one dtype"
+        return compat.why_no_mosaic_gpu() or why_not(q, v, state)
 
-
-def lightning_prefill(q, k, v, log_decay, state, **options) -> tuple[jax.Array, jax.Array]:
-    """See `api.lightning_prefill`."""
-    from pallas_kernels.lightning_attention import gpu_grad
-
-    return gpu_grad.lightning_prefill(q, k, v, log_decay, state, **options)
+    return supports
 
 
-def decode_supports(
-    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, state: jax.Array
-) -> str | None:
-    """Why "gpu" can't run this decode, or None."""
-    reason = _why_no_gpu(q, k)
-    if reason is not None:
-        return reason
-    from pallas_kernels.lightning_attention import gpu_decode
-
-    return gpu_decode.why_not(q, v, state)
-
-
-def lightning_decode(q, k, v, log_decay, state, **options) -> tuple[jax.Array, jax.Array]:
-    """See `api.lightning_decode`."""
-    from pallas_kernels.lightning_attention import gpu_decode
-
-    return gpu_decode.lightning_decode(q, k, v, log_decay, state, **options)
-
-
-def _why_no_gpu(q: jax.Array, k: jax.Array) -> str | None:
-    if q.dtype != k.dtype:
-        return f"q is {q.dtype} and k {k.dtype}: want one dtype"
-    return compat.why_no_mosaic_gpu()
+prefill_supports = _supports("gpu_grad")
+decode_supports = _supports("gpu_decode")
