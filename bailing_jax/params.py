@@ -195,9 +195,9 @@ def _lightning(config: ModelConfig, path: str) -> Iterator[Param]:
 def _gqa(config: ModelConfig, path: str) -> Iterator[Param]:
     att, d = present(config.gqa), config.hidden_size
     qkv = (att.num_heads + 2 * att.num_kv_heads) * att.head_dim
-    yield _linear(f"{path}.query_key_value", d, qkv, ("embed", "qkv"))
+    yield _linear(f"{path}.query_key_value", d, qkv, ("embed", "grouped_qkv"))
     if att.qkv_bias:
-        yield _bias(f"{path}.query_key_value", qkv, "qkv")
+        yield _bias(f"{path}.query_key_value", qkv, "grouped_qkv")
     yield from _qk_norms(att, path)
     yield _linear(f"{path}.dense", att.num_heads * att.head_dim, d, ("heads", "embed"))
     if att.output_bias:
