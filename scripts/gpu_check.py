@@ -6,9 +6,9 @@
 
 No part takes more than nine minutes. Parts 2 and 3 write `lightning_gpu.json` and `.md` (`_tuning`
 for part 3) to --out, docs/benchmarks by default, part 2 a plot too. The floor of a shape is the
-bytes it has to move over the copy bandwidth measured in the same run. The peer is flash-linear-attention, run in a
-process of its own on the same GPU if `fla` is installed. `--dry` walks through it all on a CPU
-with tiny shapes and interpreted kernels; its times mean nothing.
+bytes it has to move over the copy bandwidth measured in the same run. The peer is
+flash-linear-attention, run in a process of its own on the same GPU if `fla` is installed. `--dry`
+walks through it all on a CPU with tiny shapes and interpreted kernels; its times mean nothing.
 """
 
 from __future__ import annotations
