@@ -194,6 +194,11 @@ def pack(
     return BatchLayout(**arrays)
 
 
+def stack(layouts: Sequence[BatchLayout]) -> BatchLayout:
+    """The layouts of several shards, of one size, as one: every array gets a leading axis."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *layouts)
+
+
 def _places(rows: Sequence[Row], size: int, width: int) -> tuple[np.ndarray, ...]:
     slots = np.zeros(size, np.int32)
     pages = np.zeros((size, width), np.int32)

@@ -15,7 +15,7 @@ PREFILL_SIZES = (64, 256, 1024)
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """The static sizes of an engine.
+    """The static sizes of an engine; of each of its shards, where it has several.
 
     Attributes:
         max_num_seqs: sequences that run at once.
@@ -25,6 +25,7 @@ class EngineLimits:
         max_num_pages: pages of all sequences together; None: every sequence at full length.
         exact: sizes of steps follow from each sequence alone, prompts are cut on a fixed grid.
         small_prefills: prefill rows a step may have besides `prefill_chunk`, ascending.
+        num_shards: sets of devices with sequences, slots and pages of their own.
     """
 
     max_num_seqs: int
@@ -34,6 +35,12 @@ class EngineLimits:
     max_num_pages: int | None = None
     exact: bool = False
     small_prefills: tuple[int, ...] = PREFILL_SIZES
+    num_shards: int = 1
+
+    @property
+    def total_num_seqs(self) -> int:
+        """Sequences that run at once, in all shards."""
+        return self.max_num_seqs * self.num_shards
 
     @property
     def pages_a_sequence(self) -> int:
@@ -47,7 +54,7 @@ class EngineLimits:
         return full if self.max_num_pages is None else min(full, self.max_num_pages)
 
     def state_spec(self, page_dtype: str, state_dtype: str) -> StateSpec:
-        """The state for that many sequences and pages, NULL slot and page included."""
+        """One shard's state for so many sequences and pages, NULL slot and page included."""
         return StateSpec(
             num_slots=self.max_num_seqs + 1,
             num_pages=self.num_pages + 1,
