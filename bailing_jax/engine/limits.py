@@ -53,6 +53,21 @@ class EngineLimits:
         full = self.max_num_seqs * self.pages_a_sequence
         return full if self.max_num_pages is None else min(full, self.max_num_pages)
 
+    def shards_in_words(self, asked: int, bytes_a_shard: int) -> str:
+        """What each of several shards has, and what that is in all.
+
+        Args:
+            asked: sequences that were asked for.
+            bytes_a_shard: of its state.
+        """
+        num = self.num_shards
+        rounded = f" (max_num_seqs = {asked}, rounded up)" * (asked != self.total_num_seqs)
+        return (
+            f"{num} shards, each with {self.max_num_seqs} sequences, {self.num_pages} pages and "
+            f"{bytes_a_shard / 1e6:,.1f} MB of state: in all {self.total_num_seqs} sequences"
+            f"{rounded}, {num * self.num_pages} pages and {num * bytes_a_shard / 1e6:,.1f} MB"
+        )
+
     def state_spec(self, page_dtype: str, state_dtype: str) -> StateSpec:
         """One shard's state for so many sequences and pages, NULL slot and page included."""
         return StateSpec(
