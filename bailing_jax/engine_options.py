@@ -9,6 +9,7 @@ from bailing_jax.config import ModelConfig
 from bailing_jax.engine.limits import EngineLimits
 from bailing_jax.errors import bad_value
 from bailing_jax.layers.options import RuntimeOptions
+from bailing_jax.mesh import MeshShape
 from bailing_jax.state import PAGE_SIZE
 from pallas_kernels import dispatch
 from pallas_kernels.lightning_attention.api import CHUNK_SIZE
@@ -35,7 +36,8 @@ class EngineOptions:
             for a float16 one).
         state_dtype: of the recurrent state.
         rope_dtype: of q and k after RoPE; None: as `dtype`.
-        max_num_seqs: sequences that run at once.
+        max_num_seqs: sequences that run at once, over all shards of a mesh; rounded up to as many
+            in each.
         max_model_len: tokens of one sequence; None: the model's own limit, at most 4096.
         prefill_chunk: prefill tokens a step.
         memory_fraction: the share of memory that may be used.
@@ -106,7 +108,7 @@ class EngineOptions:
         )
 
     def limits(self, config: ModelConfig) -> EngineLimits:
-        """The engine's static sizes.
+        """The static sizes of an engine, of each of its shards.
 
         Raises:
             UserError: max_model_len exceeds what the model was made for.
@@ -119,12 +121,14 @@ class EngineOptions:
                 f"up to {config.max_positions} (max_position_embeddings; hf_overrides changes it)",
                 options=("hf_overrides",),
             )
+        num_shards = 1 if _is_single(self.mesh) else MeshShape.parse(self.mesh).num_shards
         return EngineLimits(
-            self.max_num_seqs,
+            -(-self.max_num_seqs // num_shards),
             length,
             self.prefill_chunk,
             PAGE_SIZE,
             exact=self.batch_invariant,
+            num_shards=num_shards,
         )
 
 

@@ -30,6 +30,7 @@ from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.loading import Report, load
 from bailing_jax.request import Answer, Request, RequestOutput, StreamPiece
 from bailing_jax.sampling_params import SamplingParams, resolve
+from bailing_jax.state import state_bytes
 from bailing_jax.terminal import tell
 
 Prompt = str | Sequence[int]
@@ -46,7 +47,8 @@ class LLM:
             checkpoint's elsewhere.
         state_dtype: of the recurrent state, "float32" or "bfloat16".
         rope_dtype: what RoPE hands q and k on in; None: as dtype.
-        max_num_seqs: sequences that run at once.
+        max_num_seqs: sequences that run at once; over all shards of a mesh, rounded up to as many
+            in each.
         max_model_len: tokens of one sequence, prompt and answer; None: the model's limit, at
             most 4096.
         prefill_chunk: prompt tokens a step.
@@ -105,9 +107,12 @@ class LLM:
         self._name = loaded.name
         self._eos_ids = _eos_ids(loaded.config.eos_token_ids, loaded.generation_config)
         programs = Programs(loaded.model)
-        self._engine = Engine(programs, loaded.config, loaded.limits, loaded.state_spec)
+        limits, spec = loaded.limits, loaded.state_spec
+        if limits.num_shards > 1:
+            report(limits.shards_in_words(max_num_seqs, state_bytes(loaded.config, spec)))
+        self._engine = Engine(programs, loaded.config, limits, spec)
         self._scorer = Scorer(
-            programs, loaded.config, loaded.state_spec, loaded.limits.prefill_chunk
+            programs, loaded.config, spec, limits.prefill_chunk, limits.num_shards
         )
 
     def warm_up(self, prompt_tokens: int, sampling_params: SamplingParams | None = None) -> None:
