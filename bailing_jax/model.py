@@ -2,8 +2,8 @@
 
 `BailingForCausalLM` is a Flax module whose parameter paths are the checkpoint's names. The engine
 splits it once and calls it inside its jitted step: state and layout go in, hidden rows and state
-come out, and `logits` reads the rows that are wanted. `build` makes a model from arrays by path. On several
-devices all this is one device's share, which runs inside `jax.shard_map`.
+come out, and `logits` reads the rows that are wanted. `build` makes a model from arrays by path. On
+several devices all this is one device's share, which runs inside `jax.shard_map`.
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bailing_jax import sharding
 from bailing_jax.config import ModelConfig
-from bailing_jax.errors import UserError
-from bailing_jax.mesh import MeshShape, check_mesh
+from bailing_jax.mesh import MeshShape, check_devices, check_mesh
 from bailing_jax.params import Param
 from bailing_jax.sharding import AXES, ROWS, TENSOR, Box, local_config
 from bailing_jax.state import DecodeState, StateSpec, leaf_shapes, tensor_axes
@@ -128,23 +127,6 @@ class Placement:
                 jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
                 for leaf in self.state_shapes(spec)
             )
-        )
-
-
-def check_devices(shape: MeshShape, available: int) -> None:
-    """Refuse a mesh of more devices than there are.
-
-    Raises:
-        UserError: with both numbers.
-    """
-    if shape.num_devices > available:
-        raise UserError(
-            f"mesh: {shape} is {shape.num_devices} devices; there "
-            f"{'is 1' if available == 1 else f'are {available}'}",
-            "Give a smaller mesh, or --mesh auto. (For a try-out on a CPU: "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={shape.num_devices})",
-            2,
-            options=("mesh",),
         )
 
 

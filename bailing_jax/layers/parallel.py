@@ -47,6 +47,11 @@ class Parallel:
         return cls(mesh.data, mesh.expert, *tensor_axes(config, mesh), peers, ordered)
 
     @property
+    def num_devices(self) -> int:
+        """Devices in all."""
+        return self.num_shards * self.tensor
+
+    @property
     def tensor(self) -> int:
         """Devices that share each row."""
         return self.tensor_experts * self.tensor_width
@@ -119,7 +124,7 @@ class Parallel:
         return jax.lax.all_gather(y, EXPERT, tiled=True)
 
     def sum_of_rows(self, y: jax.Array) -> jax.Array:
-        """Back from `gather_rows`: each shard's rows, summed over what every device made of them."""
+        """Back from `gather_rows`: a shard's rows, summed over what every device made of them."""
         if not self.ordered:
             return jax.lax.psum_scatter(y, EXPERT, tiled=True)
         parts = y.reshape(self.expert, -1, *y.shape[1:])

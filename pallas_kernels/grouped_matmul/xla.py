@@ -37,8 +37,8 @@ def expert_mlp(
         return _one_row(x, gate, up, down, expert_ids[0], weights[0], exists)
     num_experts = gate.shape[0]
     block = _block_size(rows, choices, num_experts)
-    # Pairs of rows that do not exist, and of experts that are not here, sort behind the last expert:
-    # they are nobody's own.
+    # Pairs of rows that do not exist sort behind the last expert with those of experts that are
+    # not here: they are nobody's own.
     expert = jnp.where(exists[:, None], expert_ids, num_experts).reshape(-1)
     order = jnp.argsort(expert, stable=True)
     pair_x = jnp.pad(x[order // choices], ((0, block), (0, 0)))

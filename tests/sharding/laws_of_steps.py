@@ -42,7 +42,7 @@ def test_r091_a_mesh_gives_the_answers_of_one_device(name: str, mesh: MeshShape)
         for got, tokens in zip(seen.tokens, want.tokens, strict=True):
             np.testing.assert_array_equal(got, tokens)
         for call, (got, logits) in enumerate(zip(seen.logits, want.logits, strict=True)):
-            # Of a decode call the last step's, which a shard whose rows ended before has no part in.
+            # Of a decode call the last step's; a shard whose rows ended before has no part in it.
             steps = max(int((run.tokens[call] != NOTHING).any(axis=1).sum()) for run in runs)
             rows = seen.tokens[call][steps - 1] != NOTHING
             np.testing.assert_allclose(

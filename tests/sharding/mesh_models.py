@@ -19,7 +19,7 @@ from random_checkpoints import INERT, LINEAR_V2, V2, V2_5, random_tensors
 from bailing_jax.batch import BatchLayout, pack, stack
 from bailing_jax.config import ModelConfig
 from bailing_jax.engine import sampler
-from bailing_jax.engine.programs import Programs, StepResult, no_ends
+from bailing_jax.engine.programs import Programs, no_ends
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.layers.parallel import Parallel
 from bailing_jax.mesh import MeshShape
@@ -27,7 +27,7 @@ from bailing_jax.model import build
 from bailing_jax.params import Param, describe
 from bailing_jax.placement import Placement
 from bailing_jax.row import Row
-from bailing_jax.state import DecodeState, StateSpec
+from bailing_jax.state import DecodeState, StateSpec, leaf_shapes
 from convert.mapping import place
 
 _COMMON: dict[str, Any] = {
@@ -63,6 +63,7 @@ _COMMON: dict[str, Any] = {
     "group_norm_size": 2,
     "linear_silu": False,
 }
+_OF_LIGHTNING = ("layer_group_size", "group_norm_size", "linear_silu")
 CONFIGS: dict[str, dict[str, Any]] = {
     "linear": {**_COMMON, "architectures": [LINEAR_V2], "model_type": "bailing_moe_linear"},
     "latent": {
@@ -82,10 +83,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "seq_aux": True,
     },
     "softmax": {
-        **{k: v for k, v in _COMMON.items() if k not in ("group_norm_size", "linear_silu")},
+        **{k: v for k, v in _COMMON.items() if k not in _OF_LIGHTNING},
         "architectures": [V2],
         "model_type": "bailing_moe_v2",
-        "layer_group_size": None,
         "num_hidden_layers": 2,
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
@@ -94,7 +94,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
     },
 }
-CONFIGS["softmax"].pop("layer_group_size")
 
 ROWS, PREFILL, SEGMENTS, PAGE, WIDTH = 3, 10, 2, 4, 6
 SPEC = StateSpec(num_slots=6, num_pages=25, page_dtype="float32", page_size=PAGE)
@@ -227,8 +226,10 @@ def run_alone(programs: Programs, shard: int) -> Seen:
     state = DecodeState(tuple(jax.device_put(poisoned(leaf)) for leaf in state.layers))
     tokens, logits = [], []
     for call in schedule(shard):
-        knobs = sampler.knobs(call.layout().logit_rows.shape[0], (), ())
-        result = _step(programs, state, call.layout(), knobs, call.ends if call.room is not None else None)
+        layout = call.layout()
+        knobs = sampler.knobs(layout.logit_rows.shape[0], (), ())
+        ends = None if call.room is None else call.ends()
+        result = programs.step(state, layout, knobs, ends, 1 if ends is None else STEPS)
         state = result.state
         tokens.append(np.asarray(result.tokens))
         logits.append(np.asarray(result.logits))
@@ -239,7 +240,7 @@ def run_on(programs: Programs, name: str, mesh: MeshShape) -> list[Seen]:
     """All shards' schedules at once, on a mesh."""
     shards = mesh.num_shards
     calls = [schedule(shard) for shard in range(shards)]
-    alone = programs_alone_shapes(name)
+    alone = leaf_shapes(config_of(name), SPEC)
     state = programs.new_state(SPEC)
     state = DecodeState(
         tuple(
@@ -259,7 +260,7 @@ def run_on(programs: Programs, name: str, mesh: MeshShape) -> list[Seen]:
             layout = stack(layouts)
             knobs = jax.tree.map(lambda k: np.stack([k] * shards), knobs)
             ends = ends and jax.tree.map(lambda *e: np.stack(e), *ends)
-        result = _step(programs, state, layout, knobs, (lambda e=ends: e) if decodes else None)
+        result = programs.step(state, layout, knobs, ends, STEPS if decodes else 1)
         state = result.state
         for shard in range(shards):
             tokens, logits = np.asarray(result.tokens), np.asarray(result.logits)
@@ -269,20 +270,6 @@ def run_on(programs: Programs, name: str, mesh: MeshShape) -> list[Seen]:
         for shape, leaf in zip(alone, state.layers, strict=True):
             seen[shard].state.append(_gathered_leaf(np.asarray(leaf), shape, shard, shards))
     return seen
-
-
-def _step(programs: Programs, state: DecodeState, layout, knobs, ends) -> StepResult:
-    if ends is None:
-        return programs.step(state, layout, knobs)
-    return programs.step(state, layout, knobs, ends(), STEPS)
-
-
-@functools.cache
-def programs_alone_shapes(name: str):
-    """The leaves of one shard on one device."""
-    from bailing_jax.state import leaf_shapes
-
-    return leaf_shapes(config_of(name), SPEC)
 
 
 def _spread_leaf(alone: np.ndarray, leaf: jax.Array, mesh: MeshShape) -> np.ndarray:
