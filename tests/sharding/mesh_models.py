@@ -106,7 +106,7 @@ def config_of(name: str) -> ModelConfig:
 @functools.cache
 def weights(name: str) -> Mapping[str, np.ndarray]:
     """Every parameter by path, float32."""
-    tensors = random_tensors(CONFIGS[name], 11)
+    tensors = random_tensors(CONFIGS[name], 11, kv_a_bias="kv_lora_rank" in CONFIGS[name])
     for path, tensor in tensors.items():
         heads = CONFIGS[name]["num_attention_heads"]
         if "query_key_value" in path or "kv_b_proj" in path:
