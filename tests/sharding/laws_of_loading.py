@@ -115,7 +115,7 @@ def answers(llm: LLM, **fields: Any) -> list[Any]:
 @pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "auto", {"tensor": 4}], ids=str)
 def test_an_llm_on_a_mesh_answers_as_on_one_device(tmp_path: Path, mesh: Any) -> None:
     folder, lines = written(tmp_path, "linear"), []
-    sizes = {"max_num_seqs": 4, "max_model_len": 96, "prefill_chunk": 16}
+    sizes: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 96, "prefill_chunk": 16}
     one = LLM(folder, report=lambda _line: None, **sizes)
     llm = LLM(folder, mesh=mesh, report=lines.append, **sizes)
     shape = "data=1,expert=1,tensor=8" if mesh == "auto" else str(MeshShape.parse(mesh))
