@@ -67,7 +67,7 @@ def slots(engine: Engine, shard: int) -> np.ndarray:
     return leaf.reshape(SHARDS, -1, *leaf.shape[1:])[shard]
 
 
-def test_r020_what_a_shard_frees_is_poisoned_there_and_nowhere_else() -> None:
+def test_r020_r097_what_a_shard_frees_is_poisoned_there_and_nowhere_else() -> None:
     """Requests 1 and 2 have the same slot number, each in its shard."""
     engine = engine_of()
     heard = [Heard(engine, prompt, 12) for prompt in PROMPTS[:2]]
@@ -87,7 +87,7 @@ def test_r020_what_a_shard_frees_is_poisoned_there_and_nowhere_else() -> None:
 
 
 @pytest.mark.parametrize("place", ["owner's", "null", "idle"])
-def test_r037_debug_mode_names_a_write_into_another_shards_state(
+def test_r097_debug_mode_names_a_write_into_another_shards_state(
     monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     engine = engine_of()

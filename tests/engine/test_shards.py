@@ -200,7 +200,7 @@ class Player:
 @pytest.mark.parametrize("num_shards", [2, 3])
 @settings(max_examples=30, deadline=None)
 @given(events=EVENTS)
-def test_r084_two_processes_come_to_the_same_plans_and_every_answer_is_right(
+def test_two_processes_come_to_the_same_plans_and_every_answer_is_right(
     num_shards: int, events: list[tuple[str, list[int], int]]
 ) -> None:
     """Requests come, give way, are cancelled, fail or end as only the host knows, at any time."""
@@ -244,7 +244,7 @@ def test_a_newcomer_goes_where_its_prompt_is_computed_first() -> None:
     assert world.engine._requests[6].sequence.shard == 1
 
 
-def test_r083_nobody_overtakes_whoever_waits_longest() -> None:
+def test_nobody_overtakes_whoever_waits_longest() -> None:
     """The first in the queue needs more pages than any shard has free; the second would fit."""
     world = World(replace(LONG, max_num_pages=20), 2)
     for _ in range(2):
@@ -299,7 +299,7 @@ def test_all_shards_run_the_size_that_the_fullest_needs() -> None:
     assert [len(p.segments) for p in plan.shards] == [0, 1]
 
 
-def test_an_idle_shard_takes_part_with_padding_only() -> None:
+def test_r095_an_idle_shard_takes_part_with_padding_only() -> None:
     world = World(LONG, 3)
     memories = [(echo.slots.copy(), echo.pages.copy()) for echo in world.echoes]
     world.ask([1, 2, 3], 12)
@@ -313,7 +313,7 @@ def test_an_idle_shard_takes_part_with_padding_only() -> None:
         np.testing.assert_array_equal(echo.pages, pages)
 
 
-def test_r028_as_many_steps_a_call_as_every_busy_shard_allows() -> None:
+def test_as_many_steps_a_call_as_every_busy_shard_allows() -> None:
     world = World(LONG, 3)
     for length, most in ((2, 40), (3, 4)):
         world.ask([length] * length, most)
@@ -392,7 +392,7 @@ def test_cancelling_takes_requests_out_of_queue_and_shard() -> None:
 
 
 @pytest.mark.parametrize(("prompt", "message"), [([], "no tokens"), ([1] * 30, "never fit")])
-def test_r032_what_never_fits_is_refused_at_once(prompt: list[int], message: str) -> None:
+def test_r032_what_fits_no_shard_is_refused_at_once(prompt: list[int], message: str) -> None:
     world = World(replace(LIMITS, max_num_pages=3), 2)
     with pytest.raises(ValueError, match=message):
         world.ask(prompt, 20)
