@@ -90,7 +90,8 @@ def main() -> int:
             print(said, file=sys.stderr, flush=True)
         if args.minutes and time.monotonic() - start > 60 * args.minutes:
             break
-    return summary([*benches, *several], done, args.seed, time.monotonic() - start, as_json=args.json)
+    seconds = time.monotonic() - start
+    return summary([*benches, *several], done, args.seed, seconds, as_json=args.json)
 
 
 def draw(bench: Bench, name: str) -> list[Op]:
