@@ -148,6 +148,7 @@ class Bench:
     def _start(self) -> None:
         self._recurrent = [layer.attention == "lightning" for layer in layer_plan(self.config)]
         self._page_size = self.limits.page_size
+        self.done = 0
         self.counts: Counter[str] = Counter()
         self.pairs: Counter[tuple[str, str]] = Counter()
 
@@ -205,6 +206,7 @@ class Bench:
             for op in schedule:
                 run.do(op)
             run.finish()
+            self.done += 1
         except Exception:
             self.engine._start_afresh()
             raise

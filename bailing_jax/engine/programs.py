@@ -210,7 +210,7 @@ class Programs:
         return self._fold(self._leaves, state, self._spread.put(layout))[0]
 
     def all_logits(self, state: DecodeState, layout: BatchLayout) -> tuple[jax.Array, DecodeState]:
-        """Logits float32 [T, vocab] of every prefill row; of several shards the first's, [1, ...]."""
+        """Logits float32 [T, vocab] of prefill rows; of several shards the first's, [1, ...]."""
         return self._all_logits(self._leaves, state, self._spread.put(layout))
 
     def hidden_states(

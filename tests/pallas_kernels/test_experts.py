@@ -117,7 +117,8 @@ class TestParts:
         m = mixture(rng, rows, dtype)
         missing = rng.permutation(rows) < rows / 3 if rows > 1 else np.zeros(rows, bool)
         m = replace(m, exists=~missing)
-        parts = [m.experts(*part).run(implementation, "float32") for part in ((0, 3), (3, 4), (4, E))]
+        cuts = ((0, 3), (3, 4), (4, E))
+        parts = [m.experts(*cut).run(implementation, "float32") for cut in cuts]
         assert_close(sum(parts), m.loop(), TOLERANCE[dtype])
 
     @pytest.mark.parametrize("rows", [1, 17])
