@@ -11,6 +11,7 @@ looks at clocks, addresses or the order of sets. Host only, no arrays.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,14 +58,18 @@ class CallPlan:
             for i, sequence in enumerate(plan.decodes)
         }
 
-    def rows(self) -> dict[int, scheduler.Sequence]:
+    def rows(self) -> Mapping[int, scheduler.Sequence]:
         """All sequences by their row among the S x (D + P) of the call, shard by shard."""
+        return self._rows
+
+    @functools.cached_property
+    def _rows(self) -> dict[int, scheduler.Sequence]:
         found: dict[int, scheduler.Sequence] = {}
         for shard, plan in enumerate(self.shards):
             first = shard * self.rows_a_shard
-            found |= dict(enumerate(plan.decodes, first))
+            found.update(enumerate(plan.decodes, first))
             segments = (sequence for sequence, _ in plan.segments)
-            found |= dict(enumerate(segments, first + self.size.decode_rows))
+            found.update(enumerate(segments, first + self.size.decode_rows))
         return found
 
 
