@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import bailing_jax  # noqa: F401  (imported for its effect, see above)
+
+# isort: split
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
 from pallas_kernels import compat
+
+# Where compiled programs are kept, and how long one must have taken; jax's own names.
+_PROGRAMS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -36,3 +47,35 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         # Every engine of every test, and of every process a test starts, checks its invariants.
         patch.setenv("BAILING_DEBUG", "1")
         yield
+
+
+@pytest.fixture(scope="session")
+def programs_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """This process's own folder: of two that shared one, each might read what the other has half
+    written."""
+    folder = tmp_path_factory.mktemp("programs")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_compile_once(
+    request: pytest.FixtureRequest, programs_of_the_run: Path
+) -> Iterator[None]:
+    """A program that some test of this run compiled already is found again.
+
+    By what it computes, the compiler's version and its flags: changed code is another program, so
+    nothing stale can be found. Files marked `compiles` are about compiling, and do it themselves.
+    """
+    before = [getattr(jax.config, name) for name in _PROGRAMS]
+    afresh = request.node.get_closest_marker("compiles") is not None
+    _keep_programs(None if afresh else str(programs_of_the_run), 0.1)
+    yield
+    _keep_programs(*before)
+
+
+def _keep_programs(*values: Any) -> None:
+    config: Any = jax.config
+    for name, value in zip(_PROGRAMS, values, strict=True):
+        config.update(name, value)
+    compilation_cache.reset_cache()  # jax looks for the folder once, at the first program
