@@ -23,8 +23,25 @@ from pallas_kernels import compat
 _PROGRAMS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
 
+# These take longest. Of two processes that take a file each, one must not begin such a file when
+# the other is about to be done.
+_LONGEST = (
+    "test_exact.py", "test_run.py", "test_step.py", "test_against_reference.py",
+    "test_precision.py", "test_generate.py", "test_llm_regressions.py", "test_laws.py",
+    "test_schedules.py", "test_lightning_gpu_gradients.py", "test_soak.py",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let xdist hand out files in the order of collection, where it is there."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what this jax can't run at all: deselected, as by `-m`, not skipped."""
+    """The longest files first; what this jax can't run at all is deselected, as by `-m`."""
+    place = {name: i for i, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
     if compat.has_mosaic_gpu():
         return
     without = [item for item in items if item.get_closest_marker("mosaic_interpreter")]
