@@ -4,8 +4,8 @@ A step holds decode rows first, then prompt rows. An engine that was ported from
 first, and went on slicing its decode rows and decode slots behind them, answers well alone and
 rots in company: nothing crashes, and a step without prompts is right. This plants that bug (the
 product holds no switch for it) and asks both packages the same word problems, one at a time and
-32 at once, through `python -m bailing_jax.evaluate`. Takes a few minutes on two cores,
-most of it for compiling.
+32 at once on the same engine, as `python -m bailing_jax.evaluate` does. Takes about a minute on two
+idle cores, half of it for compiling.
 
     python scripts/founding_bug.py
     python scripts/founding_bug.py --num 200 --seed 3 --json
@@ -19,12 +19,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 from planting import PACKAGES, copy_of_project, plant, read_bugs
@@ -34,17 +35,16 @@ CONCURRENCY = 32
 # More problems than places, so that prompts keep joining answers under way.
 NUM, QUICK_NUM = 40, 6
 QUICK_CONCURRENCY = 4
-# The longest right answer of the generator has about 320 tokens; a rotten one may never end.
-MAX_TOKENS = 350
-# One size of prefill for every step: of what a run takes, most is compiling.
-PREFILL_CHUNK = 64
+# In exact mode a step has all 32 rows whoever is there: a problem alone takes as long as 32.
+NUM_ALONE_EXACT = 12
 SHOWN, SHOWN_LINES = 2, 8
+WORKER = Path(__file__).resolve().parent / "founding_bug_worker.py"
 _TAKEN = ("num", "correct", "accuracy", "ci95", "truncated", "seconds", "tokens_per_s")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the evaluate command."""
+    """One way of asking one package."""
 
     package: str
     concurrency: int
@@ -59,7 +59,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found: the command's JSON line and its answers by problem, or why it failed."""
+    """What a run found: its figures and its answers by problem, or why it failed."""
 
     job: Job
     found: dict[str, Any]
@@ -79,18 +79,25 @@ def main() -> int:
         for bug in read_bugs():
             if bug.id in FOUNDING:
                 plant(bug, planted)
-        folders = {"healthy": healthy, "planted": planted}
-        # The healthy ones first: programs are found again by what they compute, and those that
-        # only decode compute the same in both packages.
-        jobs = [Job(package, count) for package in folders for count in (1, company)]
-        _say(f"{num} word problems, {len(jobs)} runs, two at a time")
+        ask = Asking(num, company, args.seed, Path(cache))
+        _say(f"{num} word problems, one at a time and {company} at once")
+        with ThreadPoolExecutor(3) as pool:
+            # Programs are found again by what they compute, and those that only decode compute
+            # the same in both packages: the planted one waits until they are there.
+            compiled = threading.Event()
 
-        def run(job: Job) -> Result:
-            return _evaluate(job, folders[job.package], num, args.seed, Path(cache))
+            def ask_planted() -> list[Result]:
+                compiled.wait()
+                return ask.package("planted", planted, _nothing)
 
-        with ThreadPoolExecutor(2) as pool:
-            results = list(pool.map(run, jobs))
-            exact = list(pool.map(run, _exact_jobs(healthy, company)))
+            runs = [
+                pool.submit(ask.package, "healthy", healthy, compiled.set),
+                pool.submit(ask.package, "healthy", healthy, _nothing, exact=True),
+                pool.submit(ask_planted),
+            ]
+            found = [result for run in runs for result in run.result()]
+    exact = [result for result in found if result.job.exact]
+    results = [result for result in found if not result.job.exact]
     results.sort(key=lambda result: result.job.concurrency)
     report = _report([*results, *exact], time.perf_counter() - start, args.seed)
     if args.json:
@@ -117,43 +124,67 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _exact_jobs(package: Path, company: int) -> list[Job]:
-    """Exact mode's runs, or none where the package refuses it."""
-    asked = "import bailing_jax as b; from bailing_jax.engine_options import EngineOptions as E; "
-    done = _python(package, ["-c", asked + "E(batch_invariant=True)"])
-    if done.returncode:
-        return []
-    return [Job("healthy", count, exact=True) for count in (1, company)]
+@dataclass(frozen=True)
+class Asking:
+    """The same questions for each package.
 
+    Attributes:
+        num: problems.
+        company: how many of them at once.
+        seed: of the problems.
+        cache: where compiled programs are kept.
+    """
 
-def _evaluate(job: Job, package: Path, num: int, seed: int, cache: Path) -> Result:
-    """Ask one package the problems; what it compiles is kept in `cache`."""
-    with TemporaryDirectory(prefix="answers-") as folder:
-        file = Path(folder) / "answers.jsonl"
-        flags = [
-            "--num", str(num), "--seed", str(seed), "--concurrency", str(job.concurrency),
-            "--max-tokens", str(MAX_TOKENS), "--prefill-chunk", str(PREFILL_CHUNK),
-            "--compile-cache", str(cache), "--json", "--quiet",
-            "--output", str(file),
+    num: int
+    company: int
+    seed: int
+    cache: Path
+
+    def package(
+        self, name: str, folder: Path, on_compiled: Callable[[], None], *, exact: bool = False
+    ) -> list[Result]:
+        """Ask one package; `on_compiled` is called once, by the end at the latest."""
+        jobs = [Job(name, count, exact) for count in (1, self.company)]
+        num_alone = min(self.num, NUM_ALONE_EXACT) if exact else self.num
+        arguments = [
+            "--num", str(self.num), "--num-alone", str(num_alone), "--company", str(self.company),
+            "--seed", str(self.seed), "--compile-cache", str(self.cache),
+            *["--exact"] * exact,
         ]  # fmt: skip
-        flags += ["--batch-invariant"] * job.exact
-        done = _python(package, ["-m", "bailing_jax.evaluate", "word-problems", *flags])
-        if done.returncode:
-            return Result(job, {}, [], done.stderr.strip()[-400:] or f"exit {done.returncode}")
-        answers = [json.loads(line) for line in file.read_text().splitlines()]
-    _say(f"{job.name}: done")
-    answers.sort(key=lambda answer: answer["index"])
-    return Result(job, json.loads(done.stdout), answers)
+        try:
+            found, error = _python(folder, [str(WORKER), *arguments], on_compiled)
+        finally:
+            on_compiled()
+        if error:
+            return [Result(job, {}, [], error) for job in jobs]
+        _say(f"{name}{', exact mode' * exact}: done")
+        parts = (found["alone"], found["together"])
+        return [Result(job, **part) for job, part in zip(jobs, parts, strict=True)]
 
 
-def _python(package: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Python on the packages in this folder, whatever else is installed."""
+def _python(
+    package: Path, arguments: Sequence[str], on_compiled: Callable[[], None]
+) -> tuple[dict[str, Any], str]:
+    """What the worker prints, or the end of its complaint; its `bailing_jax` is this folder's."""
     # Debug mode would end the planted run at its second step instead of letting it rot.
     environment = {**os.environ, "PYTHONPATH": str(package), "BAILING_DEBUG": "0"}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=package, env=environment, text=True,
-        capture_output=True, check=False,
-    )  # fmt: skip
+    with (
+        TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [sys.executable, *arguments], cwd=package, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=errors,
+        ) as process,
+    ):  # fmt: skip
+        assert process.stdout is not None
+        last = ""
+        for line in process.stdout:
+            last = line
+            if line == "compiled\n":
+                on_compiled()
+        if process.wait():
+            errors.seek(0)
+            return {}, errors.read().strip()[-400:] or f"exit {process.returncode}"
+    return json.loads(last), ""
 
 
 def _report(results: Sequence[Result], seconds: float, seed: int) -> dict[str, Any]:
@@ -171,23 +202,24 @@ def _report(results: Sequence[Result], seconds: float, seed: int) -> dict[str, A
                 "exact": job.exact,
                 **{key: result.found.get(key) for key in _TAKEN},
                 "same_as_alone": _same(result, reference),
+                "compared": len(reference.answers) if reference else None,
                 "error": result.error or None,
             }
         )
     return {
         "seed": seed,
         "runs": runs,
-        "exact_mode": "ran" if any(run["exact"] for run in runs) else "refused by this package",
         "errors": sum(bool(result.error) for result in results),
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(sum(os.times()[:4]), 1),
     }
 
 
 def _same(result: Result, alone: Result | None) -> int | None:
     """How many answers are those of the healthy package to one problem at a time."""
-    if alone is None or not result.answers or len(alone.answers) != len(result.answers):
+    if alone is None or not alone.answers or len(alone.answers) > len(result.answers):
         return None
-    pairs = zip(result.answers, alone.answers, strict=True)
+    pairs = zip(result.answers, alone.answers, strict=False)
     return sum(one["tokens"] == other["tokens"] for one, other in pairs)
 
 
@@ -201,14 +233,15 @@ def _as_text(report: dict[str, Any], results: Sequence[Result], company: int) ->
         low, high = run["ci95"]
         right = f"{run['correct']}/{run['num']}"
         share = f"{run['accuracy']:.1%}  ({low:.1%} to {high:.1%})"
-        same = "-" if run["same_as_alone"] is None else f"{run['same_as_alone']}/{run['num']}"
+        same = "-"
+        if run["same_as_alone"] is not None:
+            same = f"{run['same_as_alone']}/{run['compared']}"
         lines.append(f"{name:<34}{right:>10}  {share:<26}{same:>9}")
-    if report["exact_mode"] != "ran":
-        lines.append(f"exact mode (batch_invariant): {report['exact_mode']}")
     answers = {(r.job.package, r.job.concurrency): r.answers for r in results}
     for pair in _shown(answers["healthy", company], answers["planted", company]):
         lines += ["", *_side_by_side(*pair)]
-    return "\n".join([*lines, "", f"{report['seconds']:.0f} s"])
+    took = f"{report['seconds']:.0f} s, {report['cpu_seconds']:.0f} s of CPU time"
+    return "\n".join([*lines, "", took])
 
 
 def _shown(
@@ -248,6 +281,10 @@ def _cut(answer: str) -> list[str]:
     lines = answer.splitlines()
     shown = [line if len(line) <= 60 else line[:57] + "..." for line in lines[:SHOWN_LINES]]
     return [*shown, "..."] if len(lines) > SHOWN_LINES else shown
+
+
+def _nothing() -> None:
+    pass
 
 
 def _say(line: str) -> None:

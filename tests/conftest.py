@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+import shutil
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import bailing_jax  # noqa: F401  (imported for its effect, see above)
+
+# isort: split
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
 from pallas_kernels import compat
+
+# Where compiled programs are kept, and how long one must have taken; jax's own names.
+_PROGRAMS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+
+
+# These take longest. Of two processes that take a file each, one must not begin such a file when
+# the other is about to be done.
+_LONGEST = (
+    "test_exact.py", "test_run.py", "test_step.py", "test_against_reference.py",
+    "test_precision.py", "test_generate.py", "test_llm_regressions.py", "test_laws.py",
+    "test_schedules.py", "test_lightning_gpu_gradients.py", "test_soak.py",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let xdist hand out files in the order of collection, where it is there."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what this jax can't run at all: deselected, as by `-m`, not skipped."""
+    """The longest files first; what this jax can't run at all is deselected, as by `-m`."""
+    place = {name: i for i, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
     if compat.has_mosaic_gpu():
         return
     without = [item for item in items if item.get_closest_marker("mosaic_interpreter")]
@@ -36,3 +64,35 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         # Every engine of every test, and of every process a test starts, checks its invariants.
         patch.setenv("BAILING_DEBUG", "1")
         yield
+
+
+@pytest.fixture(scope="session")
+def programs_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """This process's own folder: of two that shared one, each might read what the other has half
+    written."""
+    folder = tmp_path_factory.mktemp("programs")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_compile_once(
+    request: pytest.FixtureRequest, programs_of_the_run: Path
+) -> Iterator[None]:
+    """A program that some test of this run compiled already is found again.
+
+    By what it computes, the compiler's version and its flags: changed code is another program, so
+    nothing stale can be found. Files marked `compiles` are about compiling, and do it themselves.
+    """
+    before = [getattr(jax.config, name) for name in _PROGRAMS]
+    afresh = request.node.get_closest_marker("compiles") is not None
+    _keep_programs(None if afresh else str(programs_of_the_run), 0.1)
+    yield
+    _keep_programs(*before)
+
+
+def _keep_programs(*values: Any) -> None:
+    config: Any = jax.config
+    for name, value in zip(_PROGRAMS, values, strict=True):
+        config.update(name, value)
+    compilation_cache.reset_cache()  # jax looks for the folder once, at the first program

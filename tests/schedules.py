@@ -88,7 +88,7 @@ def make_pool(rng: random.Random, size: int) -> list[Wanted]:
         length = LENGTHS[index % len(LENGTHS)]
         fields: dict[str, Any] = {"max_tokens": rng.choice((1, 2, 5, 12, 26)), "ignore_eos": True}
         if index >= size - NUM_GROWING:
-            length, fields["max_tokens"] = rng.randint(1, 12), 64
+            length, fields["max_tokens"] = rng.randint(1, 12), 40
         fields["temperature"] = (0.0, 0.0, 1.0)[index % 3]
         if index % 4 == 1:
             fields["logprobs"] = 2
@@ -132,10 +132,10 @@ class Bench:
             prefill_chunk=chunk,
             batch_invariant=exact,
         )
-        # Pages for one long request and a bit: somebody often has to give way.
+        # Pages for one request of full length: somebody often has to give way.
         # Prefill calls of three sizes; a product of one row adds in another order than one of more.
         small = {"small_prefills": (1, 16)} if exact else {}
-        limits = EngineLimits(4, 96, chunk, 16, max_num_pages=8, exact=exact, **small)
+        limits = EngineLimits(4, 96, chunk, 16, max_num_pages=6, exact=exact, **small)
         spec = limits.state_spec("float32", "float32")
         self.name, self.exact, self.shards = name, exact, 1
         self.config, self.limits = llm.config, limits

@@ -17,6 +17,8 @@ import pytest
 from bailing_jax import compile_cache
 from bailing_jax.compile_cache import default_base, find_directory, prune, size_of
 
+pytestmark = pytest.mark.compiles
+
 PROGRAM = """
 import json, sys, warnings
 warnings.showwarning = lambda message, *_args, **_kwargs: said.append(f"warning: {message}")

@@ -40,18 +40,29 @@ def test_the_report_counts_answers_that_are_as_alone() -> None:
     assert [run["same_as_alone"] for run in report["runs"]] == [4, 4, 4, 1]
     assert [run["correct"] for run in report["runs"]] == [4, 4, 4, 1]
     assert (report["errors"], report["seed"]) == (0, 5)
-    assert report["exact_mode"] == "refused by this package"
     json.dumps(report)
 
 
 def test_right_and_rotten_answers_stand_side_by_side() -> None:
     text = founding_bug._as_text(founding_bug._report(RESULTS, 61.0, 5), RESULTS, 32)
-    assert "exact mode (batch_invariant): refused by this package" in text
     # Of the three that rot, the two that begin best.
     assert [line for line in text.splitlines() if line.startswith("problem")] == [
         "problem 2: What is 2?", "problem 1: What is 1?",
     ]  # fmt: skip
     assert "#### 2      #### 7" in text
+
+
+def test_the_exact_rows_are_compared_with_exact_mode_alone() -> None:
+    """One at a time it is asked the first problems only; those are what counts as alike."""
+    exact = [
+        result(Job("healthy", 1, exact=True), ROTTEN[:2]),
+        result(Job("healthy", 32, exact=True), GOOD),
+    ]
+    report = founding_bug._report([*RESULTS, *exact], 61.0, 5)
+    assert [(run["same_as_alone"], run["compared"]) for run in report["runs"][4:]] == [
+        (2, 2), (1, 2),
+    ]  # fmt: skip
+    assert "healthy, 32 at once, exact mode" in founding_bug._as_text(report, RESULTS, 32)
 
 
 def test_a_run_that_fails_is_said_and_counted() -> None:

@@ -42,6 +42,8 @@ from bailing_jax.presets import find_preset
 from bailing_jax.state import DecodeState, allocate, leaf_shapes
 from bailing_jax.temporaries import peak_bytes
 
+pytestmark = pytest.mark.compiles
+
 SMALL = {"max_num_seqs": NUM_SEQS, "max_model_len": MODEL_LEN, "prefill_chunk": CHUNK}
 # One layer compiles fast, and programs are the same for any number of them.
 SHALLOW = {**LINEAR, "num_hidden_layers": 1}

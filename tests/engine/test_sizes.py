@@ -19,6 +19,8 @@ from bailing_jax.engine.sizes import (
 )
 from bailing_jax.engine.warming import compile_all
 
+pytestmark = pytest.mark.compiles
+
 
 def limits(num_seqs: int, chunk: int) -> EngineLimits:
     return EngineLimits(num_seqs, 128, chunk, 64)

@@ -20,6 +20,8 @@ from pallas_kernels import (
     paged_attention,
 )
 
+pytestmark = pytest.mark.compiles
+
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["xla", "reference"])
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 STATEFUL = pytest.mark.parametrize("name", ["prefill", "decode", "paged", "latent"])
