@@ -1,0 +1,164 @@
+"""One model over the devices of a host: the answers of one device, and how fast.
+
+    python scripts/mesh_check.py --devices 2                    on two GPUs
+    python scripts/mesh_check.py --devices 2 --simulate --tiny  on two simulated CPU devices
+
+Two models, on one device and on every mesh of --devices that cuts along one axis: the shipped one
+with word problems, and a random LinearV2 of about 1 B parameters with 32 experts (--tiny: a small
+one) with random prompts. In float32 every greedy token must be that of one device, and the logits
+of a prompt within the bound of a mesh; then tokens/s in bfloat16, all requests at once, compiled
+before: these are the wall times of the same call, best of 3. Prints one JSON object; exit code 1 if
+an answer differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+AXES = ("tensor", "expert", "data")
+# Logits of a mesh against one device, relative to their spread: sums of float32 in another order.
+BOUND = 1e-4
+ONE_B: dict[str, Any] = {
+    "hidden_size": 1024, "num_hidden_layers": 18, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "num_experts": 32, "num_experts_per_tok": 4, "n_group": 4,
+    "topk_group": 2, "moe_intermediate_size": 512, "moe_shared_expert_intermediate_size": 512,
+    "intermediate_size": 4096, "vocab_size": 32768, "eos_token_id": 2, "pad_token_id": 2,
+}  # fmt: skip
+TINY = {**ONE_B, "hidden_size": 64, "num_hidden_layers": 6, "head_dim": 16, "vocab_size": 512}
+PRESET = "ring-mini-linear-2.0"
+NUM, ANSWER, PROMPT = 32, 64, 200
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="one model over the devices of a host")
+    add = parser.add_argument
+    add("--devices", type=int, default=2)
+    add("--simulate", action="store_true", help="devices that this CPU plays")
+    add("--tiny", action="store_true", help="a small random model: does it run?")
+    add("--out", type=Path, help="folder for mesh_check.json")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    if args.simulate:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        flag = f"--xla_force_host_platform_device_count={args.devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import bailing_jax  # isort: skip  before jax: it sets a flag of XLA's
+    import jax
+
+    report: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "devices": f"{args.devices} of {len(jax.devices())} {jax.devices()[0].device_kind}",
+        "simulated": args.simulate,
+        "jax": jax.__version__,
+        "bailing_jax": bailing_jax.__version__,
+        "bound": BOUND,
+        "rows": [],
+    }
+    for row in rows(args):
+        report["rows"].append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "mesh_check.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+    return 0 if all(row["same_answers"] for row in report["rows"]) else 1
+
+
+def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One a model and mesh, the one device first."""
+    random_model = {"model": PRESET, "hf_overrides": TINY if args.tiny else ONE_B}
+    for name, model in (("shipped", {"model": None}), ("random LinearV2", random_model)):
+        alone: dict[str, Any] = {}
+        for axis in ("", *AXES):
+            mesh = f"{axis}={args.devices}" if axis else None
+            row: dict[str, Any] = {"model": name, "mesh": mesh or "one device"}
+            found = answers(model, mesh)
+            alone = alone or found
+            row["parameters"] = found["parameters"]
+            same = sum(a == b for a, b in zip(found["tokens"], alone["tokens"], strict=True))
+            row |= {"answers": len(found["tokens"]), "same": same}
+            difference = abs(found["logits"] - alone["logits"]).max() / alone["logits"].std()
+            row["logits_off"] = float(difference)
+            row["same_answers"] = same == row["answers"] and row["logits_off"] <= BOUND
+            yield row | speed(model, mesh)
+
+
+def load(model: dict[str, Any], mesh: str | None, dtype: str) -> Any:
+    from bailing_jax import LLM
+
+    gc.collect()  # the model before this one
+    return LLM(
+        **model, mesh=mesh, dtype=dtype, max_num_seqs=NUM, max_model_len=1024, prefill_chunk=256,
+        report=lambda _line: None,
+    )  # fmt: skip
+
+
+def ask(llm: Any, params: Any) -> list[list[int]]:
+    """The tokens of every answer: to word problems, or to random prompts where nobody can read."""
+    import numpy as np
+
+    if llm.tokenizer is not None:
+        from bailing_jax.tasks.word_problems import word_problem
+
+        asked = [word_problem(0, i, "test").question for i in range(NUM)]
+        outputs = llm.chat([[{"role": "user", "content": text}] for text in asked], params)
+    else:
+        rng = np.random.default_rng(0)
+        lengths = rng.integers(1, 2 * PROMPT, NUM)
+        asked = [rng.integers(3, llm.config.vocab_size, n).tolist() for n in lengths]
+        outputs = llm.generate(asked, params)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def answers(model: dict[str, Any], mesh: str | None) -> dict[str, Any]:
+    """Greedy tokens of every prompt, and the logits of one, in float32."""
+    from bailing_jax import SamplingParams
+    from bailing_jax.params import describe
+
+    llm = load(model, mesh, "float32")
+    params = SamplingParams(max_tokens=ANSWER, temperature=0.0)
+    return {
+        "tokens": ask(llm, params),
+        "logits": llm.logits(list(range(3, 3 + PROMPT))),
+        "parameters": sum(param.size for param in describe(llm.config)),
+    }
+
+
+def speed(model: dict[str, Any], mesh: str | None) -> dict[str, float]:
+    """Tokens/s of prompts and of answers, best of 3 calls, in bfloat16."""
+    from bailing_jax import SamplingParams
+
+    llm = load(model, mesh, "bfloat16")
+    llm.warm_up_all(lambda _line: None)
+    asked = [list(range(3, 3 + PROMPT))] * NUM
+    found = {}
+    for name, tokens, count in (("prompt", 1, NUM * PROMPT), ("answer", 257, NUM * 256)):
+        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            llm.generate(asked, params)
+            times.append(time.perf_counter() - start)
+        found[name] = min(times)
+        if name == "answer":
+            # Less what the prompts and the first tokens took.
+            times = [found["answer"] - found["prompt"]]
+        found[f"{name}_tokens_per_s"] = round(count / min(times), 1)
+    return {k: v for k, v in found.items() if k.endswith("_s")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
