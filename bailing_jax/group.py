@@ -23,7 +23,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from bailing_jax.errors import (
     EXIT_FAILURE,
@@ -57,10 +57,10 @@ STOP_CODES = {signal.SIGTERM: EXIT_TERMINATED, signal.SIGINT: EXIT_INTERRUPTED}
 class Link:
     """One connection. Several threads may send; one receives."""
 
-    def __init__(self, sock: socket.socket, silence_s: float = STUCK_S) -> None:
+    def __init__(self, sock: socket.socket, silence_s: float | None = None) -> None:
         self._socket = sock
         self._sending = threading.Lock()
-        sock.settimeout(silence_s)
+        sock.settimeout(STUCK_S if silence_s is None else silence_s)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         # By the names the system has.
@@ -233,7 +233,7 @@ class Group:
             self._leaving = True
             for link in self._links.values():
                 with contextlib.suppress(OSError):
-                    link.send({"failed": message, "code": code, "by": self.index})
+                    link.send({"failed": f"{self.name()}: {message}", "code": code})
             with self._heard:
                 self._heard.wait_for(lambda: len(self._gone) == len(self._links), LAST_WORDS_S)
 
@@ -270,8 +270,7 @@ class Group:
         elif "stop" in message:
             self._note_wish(message["stop"], message["signal"])
         elif "failed" in message and not self._leaving:
-            who = self.name(message.get("by", number))
-            self._die(f"{who}: {message['failed']}", message["code"], message.get("by", number))
+            self._die(message["failed"], message["code"], number)
 
     def _note_wish(self, how: int, signum: int) -> None:
         if how > self.stop:
@@ -302,11 +301,11 @@ class Group:
             what = f"can't be reached any more ({error})"
         self._die(f"lost {self.name(number)}: it {what}", EXIT_FAILURE, number)
 
-    def _die(self, message: str, code: int, about: int) -> NoReturn:
+    def _die(self, message: str, code: int, about: int) -> None:
         """Say it, tell the others, end this process from whatever thread."""
         with self._dying:
             if self._leaving:  # this process is about to end for a reason of its own
-                raise SystemExit(code)
+                return
             self._leaving = True
             tell(f"error: {self.name()}: {message}")
             if self.leads:
@@ -315,7 +314,6 @@ class Group:
                         with contextlib.suppress(OSError):
                             link.send({"failed": message, "code": code})
             self._end(code)
-            raise SystemExit(code)
 
 
 def listen(port: int) -> socket.socket:

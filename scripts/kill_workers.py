@@ -283,20 +283,33 @@ def work(arguments: list[str]) -> int:
     faulthandler.dump_traceback_later(WORKER_LIMIT_S, exit=True)
     from bailing_jax import generate, llm
 
-    step = llm.LLM.step
+    _share_programs()
+    step, load = llm.LLM.step, llm.LLM.__init__
     together: list[Any] = []
+
+    def load_together(self: llm.LLM, *args: Any, **options: Any) -> None:
+        # gloo gives all of them half a minute to come to the first collective; compiling takes
+        # longer on a busy machine.
+        together.append(_collective())
+        together[0]()
+        load(self, *args, **options)
 
     def step_together(self: llm.LLM) -> None:
         step(self)
-        import jax
+        together[0]()
 
-        if jax.process_count() > 1:
-            if not together:
-                together.append(_collective())
-            together[0]()
-
-    llm.LLM.step = step_together  # pyright: ignore[reportAttributeAccessIssue]
+    llm.LLM.__init__, llm.LLM.step = load_together, step_together
     return generate.main(arguments)
+
+
+def _share_programs() -> None:
+    """Let all processes read what process 0 compiled: on a CPU jax keeps programs by device."""
+    from jax._src import cache_key
+
+    of_options = cache_key._hash_serialized_compile_options
+    cache_key._hash_serialized_compile_options = lambda hashed, options, **_: of_options(
+        hashed, options, strip_device_assignment=True
+    )
 
 
 def _collective() -> Any:
