@@ -310,6 +310,7 @@ def _share_programs() -> None:
     cache_key._hash_serialized_compile_options = lambda hashed, options, **_: of_options(
         hashed, options, strip_device_assignment=True
     )
+    cache_key._hash_accelerator_config = cache_key._hash_devices
 
 
 def _collective() -> Any:

@@ -192,7 +192,7 @@ def test_equal_facts_let_all_go_on() -> None:
         assert not any(ends.values())
 
 
-def test_r096_a_difference_names_host_field_and_both_values() -> None:
+def test_a_difference_names_host_field_and_both_values() -> None:
     """Programs that differ between hosts would meet in no collective, or in the wrong one."""
     host = socket.gethostname()
     facts = {"config.json hidden_size": "36", "version of jax": "0.10.2", "XLA_FLAGS": "not set"}
