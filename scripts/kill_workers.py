@@ -224,12 +224,23 @@ def kill_one(job: Job, count: int, rng: random.Random) -> Kill | None:
 
 
 def _await_moment(job: Job, workers: list[Worker], rng: random.Random) -> str | None:
-    """Wait for the moment of a kill: somewhere in the start, or after so many answers more."""
+    """Wait for the moment of a kill: while they load and compile, or after so many answers more.
+
+    Not before they have come together: who dies earlier is as one that never came, which only a
+    launcher can tell; the others wait for it as long as they would in that case.
+    """
     had = job.done()
-    more = rng.randrange(-12, min(20, job.num_requests - had)) if had < job.num_requests else -1
-    delay = rng.uniform(0, 12) if more < 0 else rng.uniform(0, 0.05)
+    early = rng.random() < 0.35
+    delay = rng.uniform(0, 8) if early else rng.uniform(0, 0.05)
+    more = rng.randrange(min(20, job.num_requests - had))
     deadline = time.monotonic() + WORKER_LIMIT_S
-    while more >= 0 and job.done() <= had + more:
+
+    def has_come() -> bool:
+        if early:
+            return f": {job.num_requests} requests" in workers[0].said
+        return job.done() > had + more
+
+    while not has_come():
         if any(worker.process.poll() is not None for worker in workers):
             return None
         assert time.monotonic() < deadline, workers[0].said
@@ -237,7 +248,8 @@ def _await_moment(job: Job, workers: list[Worker], rng: random.Random) -> str | 
     time.sleep(delay)
     if any(worker.process.poll() is not None for worker in workers):
         return None
-    return f"{delay:.1f} s after the start" if more < 0 else f"at answer {job.done()}"
+    came = f"{delay:.1f} s after they had come together" if early else "while they answered"
+    return f"{came}, {job.done()} of {job.num_requests} answers"
 
 
 def run(kills: int, counts: list[int], seed: int) -> dict[str, Any]:
@@ -290,7 +302,7 @@ def work(arguments: list[str]) -> int:
     def load_together(self: llm.LLM, *args: Any, **options: Any) -> None:
         # gloo gives all of them half a minute to come to the first collective; compiling takes
         # longer on a busy machine.
-        together.append(_collective())
+        together.append(collective())
         together[0]()
         load(self, *args, **options)
 
@@ -313,7 +325,8 @@ def _share_programs() -> None:
     cache_key._hash_accelerator_config = cache_key._hash_devices
 
 
-def _collective() -> Any:
+def collective() -> Any:
+    """A function that adds up over the devices of all processes, and waits for the sum."""
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
