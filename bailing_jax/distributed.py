@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bailing_jax import group
-from bailing_jax.errors import EXIT_FAILURE, EXIT_USAGE, UserError, bad_value
+from bailing_jax.errors import EXIT_FAILURE, EXIT_USAGE, UserError, bad_value, tell_error
 from bailing_jax.terminal import tell
 
 WAIT_S = 300
@@ -178,8 +178,9 @@ def join(cluster: Cluster, say: Say, *, wait_s: float = WAIT_S) -> group.Group |
         wait_s: how long the others have.
 
     Raises:
-        UserError: jax can't tell who the others are. When they don't come, the process ends with a
-            message and code 1: nothing can be raised from inside jax's wait.
+        UserError: jax can't tell who the others are. When they don't come or can't be reached, the
+            process ends with a message and code 1: nothing can be raised from inside jax's wait,
+            and once its runtime has started, a regular exit would wait for the others again.
     """
     import jax
 
@@ -203,7 +204,11 @@ def join(cluster: Cluster, say: Say, *, wait_s: float = WAIT_S) -> group.Group |
                 f"{cluster.in_words()}: jax.distributed could not start: {error}",
                 "Name the processes by --coordinator-address, --num-processes and --process-id.",
             ) from error
-        return _connect(wait_s)
+        try:
+            return _connect(wait_s)
+        except UserError as error:
+            tell_error(error, {})
+            os._exit(error.exit_code)
 
 
 def leave() -> None:
