@@ -3,7 +3,9 @@
 jax does the caching; this module chooses the directory, bounds it, clears away what was damaged
 and counts. The default directory carries jaxlib's version and the CPU's features in its name:
 XLA compiles for the very CPU it runs on, and a program from another machine's cache may crash.
-jax is imported only when the cache is switched on.
+A cache may also lie in object storage, which jax reads and writes through etils and fsspec; there
+is nothing to bound and to clear away there. Of several processes only process 0 writes. jax is
+imported only when the cache is switched on.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,11 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bailing_jax.errors import EXIT_USAGE, UserError
+
 OFF = "off"
 # Of the default directory, checked at each start. jax's own limit (jax_compilation_cache_max_size)
 # is left to those who set it: it needs `filelock`, which nothing here installs, takes a lock for
 # every read, and fails where two of jax 0.10's processes meet.
 MAX_BYTES = 2 * 2**30
+
+# The object stores etils knows, and the package with which fsspec reaches each.
+_STORES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 
 _DIRECTORY = "JAX_COMPILATION_CACHE_DIR"
 _EVENTS = "/jax/compilation_cache/"
@@ -58,14 +66,15 @@ class CompileCache:
     """The cache of this process; `enable` makes one.
 
     Attributes:
-        directory: where programs are kept; None when there is no cache.
+        directory: where programs are kept, an address in object storage as a string; None when
+            there is no cache.
     """
 
-    def __init__(self, directory: Path | None, report: Report) -> None:
+    def __init__(self, directory: Path | str | None, report: Report) -> None:
         self.directory = directory
         self._report = report
         self._start = dict(_events)
-        self._entries = 0 if directory is None else _num_entries(directory)
+        self._entries = _num_entries(directory) if isinstance(directory, Path) else 0
 
     def counts(self) -> Counts:
         """Hits and misses since the cache was switched on."""
@@ -86,7 +95,7 @@ class CompileCache:
         jax compiles what it can't read from the cache, but never replaces it: without this, an
         entry that a killed process left half written would be compiled again in every run.
         """
-        if self.directory is None:
+        if not isinstance(self.directory, Path):
             return
         lost = self._events()[2] - (_num_entries(self.directory) - self._entries)
         if lost <= 0:
@@ -110,6 +119,9 @@ def enable(choice: str | None, report: Report) -> CompileCache:
     Args:
         choice: a directory, "off", or None for the default: see `find_directory`.
         report: called with a line when the directory can't be used; then there is no cache.
+
+    Raises:
+        UserError: an address in a kind of storage that jax can't use.
     """
     import jax
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
@@ -117,14 +129,10 @@ def enable(choice: str | None, report: Report) -> CompileCache:
     config: Any = jax.config
     # Only the environment switches that off (JAX_ENABLE_COMPILATION_CACHE).
     directory = find_directory(choice) if config.jax_enable_compilation_cache else None
-    if directory is not None:
-        try:
-            _check_writable(directory)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            report(f"compile cache: {directory} can't be used: {reason}; going on without a cache")
-            directory = None
-    if directory is not None and directory.parent == default_base():
+    if directory is not None and (reason := _why_not(directory)):
+        report(f"compile cache: {directory} can't be used: {reason}; going on without a cache")
+        directory = None
+    if isinstance(directory, Path) and directory.parent == default_base():
         prune(directory.parent, MAX_BYTES)
     reset_cache()  # jax looks for the directory once, at the first program
     config.update("jax_compilation_cache_dir", None if directory is None else str(directory))
@@ -137,14 +145,29 @@ def enable(choice: str | None, report: Report) -> CompileCache:
     return CompileCache(directory, report)
 
 
-def find_directory(choice: str | None) -> Path | None:
+def find_directory(choice: str | None) -> Path | str | None:
     """Where the cache is: `choice`, else JAX_COMPILATION_CACHE_DIR, else the user's own cache.
 
-    None when `choice` is "off". A directory that somebody named is used as it is.
+    None when `choice` is "off". A directory that somebody named is used as it is; gs://bucket/path
+    and the like stay a string.
+
+    Raises:
+        UserError: an address in a kind of storage that jax can't use.
     """
     if choice == OFF:
         return None
     named = choice or os.environ.get(_DIRECTORY)
+    if named and (scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", named)):
+        if scheme[1] == "file":
+            return Path(named[scheme.end() :]).absolute()
+        if scheme[1] not in _STORES:
+            stores = ", ".join(f"{store}://" for store in _STORES)
+            raise UserError(
+                f"{'--compile-cache' if choice else _DIRECTORY} = {named}; allowed: a folder, or "
+                f"an address that begins with {stores}",
+                exit_code=EXIT_USAGE,
+            )
+        return named.rstrip("/")
     if named:
         return Path(named).expanduser().absolute()
     from jaxlib.version import __version__ as jaxlib_version
@@ -221,6 +244,34 @@ def _remove(path: str | Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def _why_not(directory: Path | str) -> str:
+    """Why nothing can be written there; empty if something can."""
+    try:
+        if isinstance(directory, Path):
+            _check_writable(directory)
+        else:
+            _check_store(directory)
+    except OSError as error:
+        return error.strerror or str(error)
+    except Exception as error:  # whatever a store's own library raises
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def _check_store(address: str) -> None:
+    """Write an object as jax will, and remove it."""
+    package = _STORES[address.partition("://")[0]]
+    try:
+        from etils import epath
+
+        probe = epath.Path(address) / f"probe-{os.getpid()}"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except ImportError as error:
+        raise OSError(f"package {error.name} is missing (pip install {package})") from error
 
 
 def _check_writable(directory: Path) -> None:

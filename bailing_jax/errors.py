@@ -20,6 +20,7 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_DOES_NOT_FIT = 3
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_SHOWN = 100  # characters of a wrong value
@@ -70,6 +71,10 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, where a terminal's line with its ^C has been ended already."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where a command ends in order when it comes."""
+
+
 def bad_value(name: str, value: object, allowed: str, *, options: Iterable[str] = ()) -> UserError:
     """The refusal of an option's value, which is shown as far as a line has room.
 
@@ -105,6 +110,9 @@ def run_command(main: Callable[[], int], flags: Mapping[str, str] | None = None)
         tell("error: the machine ran out of memory")
         tell("  Use a smaller model or smaller limits, or a machine with more.")
         return EXIT_DOES_NOT_FIT
+    except Terminated:
+        tell("terminated")
+        return EXIT_TERMINATED
     except KeyboardInterrupt as error:
         # The terminal has just written ^C, and stays on its line.
         fresh = "\n" * (is_terminal(sys.stderr) and not isinstance(error, Interrupted))

@@ -23,6 +23,7 @@ from bailing_jax.terminal import tell
 
 if TYPE_CHECKING:
     from bailing_jax.cli.prompts import PromptMaker
+    from bailing_jax.group import Group
     from bailing_jax.llm import LLM
 
 Say = Callable[[str], None]
@@ -124,22 +125,81 @@ def _chat(args: argparse.Namespace, say: Say) -> int:
 
 
 def _job(args: argparse.Namespace, say: Say) -> int:
+    from bailing_jax import distributed
     from bailing_jax.cli.job import check_paths, run_job
 
-    source = None if args.input == "-" else Path(args.input)
-    output = None if args.output == "-" else Path(args.output)
+    cluster = distributed.find(args.coordinator_address, args.num_processes, args.process_id, say)
+    if cluster is not None and (group := distributed.join(cluster, say)) is not None:
+        return _job_of_many(args, group, say)
+    source, output = _job_paths(args)
     check_paths(source, output)
     with contextlib.ExitStack() as stack:
 
         def load() -> tuple[LLM, PromptMaker]:
-            engine = _Engine(args, say)
-            stack.callback(engine.close)
-            if args.warmup:
-                engine.compile(None)
-            stack.enter_context(profile.profiling(args.profile, say))
+            engine = _job_engine(args, say, stack)
             return engine.llm, engine.prompts
 
         return run_job(load, source, output, flags.sampling_fields(args), say)
+
+
+def _job_of_many(args: argparse.Namespace, group: Group, say: Say) -> int:
+    """This process' part of a job that runs in several."""
+    from bailing_jax import agreement
+    from bailing_jax.cli import job_hosts
+    from bailing_jax.cli.job import run_job
+    from bailing_jax.loading import find_folder
+
+    if not group.leads:
+        say = lambda _line: None  # noqa: E731  (one process talks, unless it fails)
+        warnings.showwarning = lambda *_args, **_kwargs: None
+
+    def work() -> int:
+        folder = find_folder(args.model, download=args.download)
+        options = {**flags.engine_options(args), "hf_overrides": args.hf_overrides}
+        facts = {
+            **agreement.facts_of_installation(),
+            **agreement.facts_of_values({**options, "seed": args.seed}, "option "),
+            **agreement.facts_of_model(folder),
+        }
+        agreement.agree(group, facts, "facts")
+        with contextlib.ExitStack() as stack:
+
+            def load() -> _Engine:
+                engine = _job_engine(args, say, stack)
+                job_hosts.agree_on_sizes(group, engine.llm.limits)
+                return engine
+
+            if not group.leads:
+                return job_hosts.follow(group, lambda: load().llm)
+
+            def load_all() -> tuple[job_hosts.Leader, PromptMaker]:
+                group.order("load")
+                engine = load()
+                return job_hosts.Leader(engine.llm, group), engine.prompts
+
+            return run_job(
+                load_all, *_job_paths(args), flags.sampling_fields(args), say,
+                is_stopping=lambda: group.stop != 0,
+            )  # fmt: skip
+
+    return job_hosts.end(
+        group, run_command(lambda: job_hosts.take_part(group, work), flags.names(args))
+    )
+
+
+def _job_paths(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    source = None if args.input == "-" else Path(args.input)
+    return source, None if args.output == "-" else Path(args.output)
+
+
+def _job_engine(args: argparse.Namespace, say: Say, stack: contextlib.ExitStack) -> _Engine:
+    """The one place where a job's engine is made, on every process of it alike."""
+    engine = _Engine(args, say)
+    stack.callback(engine.close)
+    if args.warmup:
+        engine.compile(None)
+    stack.enter_context(profile.profiling(args.profile, say))
+    return engine
 
 
 class _Engine:

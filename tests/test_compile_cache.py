@@ -16,6 +16,7 @@ import pytest
 
 from bailing_jax import compile_cache
 from bailing_jax.compile_cache import default_base, find_directory, prune, size_of
+from bailing_jax.errors import EXIT_USAGE, UserError
 
 pytestmark = pytest.mark.compiles
 
@@ -249,3 +250,76 @@ def test_only_the_default_directory_is_bounded(tmp_path: Path) -> None:
     assert not (base / "jaxlib-0.0.1-abc/huge-cache").exists()
     assert (tmp_path / "named/huge-cache").exists()
     assert len(entries(tmp_path / "named")) > 1
+
+
+# Object storage.
+
+STORED = """
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+
+class Store(MemoryFileSystem):
+    protocol = ("gs", "gcs")
+    store = {}
+    pseudo_dirs = [""]
+
+fsspec.register_implementation("gs", Store, clobber=True)
+fsspec.register_implementation("gcs", Store, clobber=True)
+""" + PROGRAM + """
+import json, jax
+kept = sorted(Store.store)
+jax.clear_caches()
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+reset_cache()
+again = compile_cache.enable(choice, said.append)
+jax.jit(lambda x: jnp.sin(x) @ x)(jnp.arange(16.0).reshape(4, 4))
+print(json.dumps({"kept": kept, "again": again.counts().hits, "said": said}))
+"""
+
+
+def stored(tmp_path: Path, address: str, program: str = STORED) -> list[dict[str, Any]]:
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XDG_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program, address], cwd=tmp_path, text=True, capture_output=True,
+        env={**keep, "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_programs_are_kept_in_object_storage(tmp_path: Path) -> None:
+    """A store in memory stands for the bucket; what is between is jax's and fsspec's own."""
+    first, second = stored(tmp_path, "gs://bucket/programs/")
+    assert first["directory"] == "gs://bucket/programs"
+    assert first["misses"] > 0
+    assert second["said"] == []
+    assert second["again"] > 0
+    assert len(second["kept"]) >= 2
+    assert all("bucket/programs/" in name for name in second["kept"])
+    assert not any("probe" in name for name in second["kept"])
+    assert [*tmp_path.iterdir()] == []  # nothing of the kind gs:/bucket
+
+
+def test_a_bucket_that_cannot_be_written_costs_only_the_cache(tmp_path: Path) -> None:
+    """Here for want of the bucket's own package, which nothing installs."""
+    without = "import sys\nsys.modules['gcsfs'] = None\n" + PROGRAM
+    (first,) = stored(tmp_path, "gs://bucket/programs", without)
+    assert first["directory"] is None
+    (line,) = first["said"]
+    assert line.startswith("compile cache: gs://bucket/programs can't be used: ")
+    assert "gcsfs" in line
+    assert "going on without a cache" in line
+
+
+def test_an_address_jax_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError) as caught:
+        find_directory("memory://programs")
+    assert caught.value.exit_code == EXIT_USAGE
+    assert caught.value.message.startswith("--compile-cache = memory://programs; allowed: ")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "http://host/programs")
+    with pytest.raises(UserError, match="JAX_COMPILATION_CACHE_DIR = http://host/programs"):
+        find_directory(None)
+
+
+def test_a_file_address_is_a_folder(tmp_path: Path) -> None:
+    assert find_directory(f"file://{tmp_path}/programs") == tmp_path / "programs"

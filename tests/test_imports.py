@@ -35,6 +35,7 @@ COMMANDS = tuple(
 )
 DEVICE_FREE = (
     *(f"bailing_jax.{name}" for name in ("config", "layer_plan", "params", "presets", "errors")),
+    *(f"bailing_jax.{name}" for name in ("group", "agreement", "distributed")),
     *(
         f"bailing_jax.engine.{name}"
         for name in ("scheduler", "slots", "pages", "stop", "invariants", "debug")

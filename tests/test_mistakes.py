@@ -57,6 +57,8 @@ NO_HINT = (
     "no permission to write it",
 )
 IDS = ("--prompt-ids", "1,2,3")
+JOB = ("--input", "x", "--output", "y")
+HOSTS = ("--num-processes", "2", "--process-id", "1")
 MISSING = "nowhere"
 Patch = pytest.MonkeyPatch
 
@@ -119,6 +121,15 @@ FLAGS: list[tuple[tuple[str, ...], str]] = [
     ((*IDS, "--output", "x"), "--output is of a job"),
     (("--input", "x"), "--input needs --output"),
     (("--input", "x", "--output", "y", "--json"), "--json is for one prompt"),
+    ((*IDS, "--num-processes", "2"), "--num-processes and --process-id are of a job"),
+    ((*JOB, "--num-processes", "0"), "--num-processes = 0; allowed: an integer >= 1"),
+    ((*JOB, "--num-processes", "2", "--process-id", "1"), "--coordinator-address: missing"),
+    ((*JOB, *HOSTS, "--coordinator-address", "h"), "--coordinator-address = 'h'; allowed: "),
+    (
+        (*JOB, *HOSTS, "--coordinator-address", "h:1", "--process-id", "2"),
+        "--process-id = 2; allowed: 0 to 1 (--num-processes = 2)",
+    ),
+    ((*IDS, "--compile-cache", "memory://x"), "--compile-cache = memory://x; allowed: a folder"),
     ((*IDS, "--max-tokens", "0"), "--max-tokens = 0; allowed: "),
     ((*IDS, "--temperature", "-1"), "--temperature = -1; allowed: a number >= 0"),
     ((*IDS, "--temperature", "-1e3"), "--temperature = -1000; allowed: a number >= 0"),

@@ -188,6 +188,8 @@ def _compile_cache(choice: str | None) -> Facts:
     directory = find_directory(choice)
     if directory is None:
         return {"directory": "off"}
+    if isinstance(directory, str):  # object storage, which bills for being looked through
+        return {"directory": directory}
     return {"directory": str(directory), "size_bytes": _told(lambda: size_of(directory))}
 
 

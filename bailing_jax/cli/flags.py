@@ -23,6 +23,7 @@ _SAMPLING = (
     "stop",
     "ignore_eos",
 )
+_HOSTS = ("coordinator_address", "num_processes", "process_id")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,6 +76,14 @@ def parser() -> argparse.ArgumentParser:
         "--max-num-seqs", type=int, metavar="N", help="sequences at once (default: 1; a job: 8)"
     )
     add_engine_flags(engine)
+    hosts = p.add_argument_group(
+        "a job on several hosts (Cloud TPU, Slurm and Kubernetes JobSet need none of these)"
+    )
+    hosts.add_argument(
+        "--coordinator-address", metavar="HOST:PORT", help="of process 0, the same for all"
+    )
+    hosts.add_argument("--num-processes", type=int, metavar="N", help="1: this one alone")
+    hosts.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
     output = p.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout")
     output.add_argument("--quiet", action="store_true", help="nothing but errors on stderr")
@@ -139,6 +148,12 @@ def check(args: argparse.Namespace) -> None:
         (args.output and not args.input, "--output is of a job", "Give --input FILE too."),
         (args.input and not args.output, "--input needs --output", "Give a file, or - for stdout."),
         (args.input and args.json, "--json is for one prompt", "A job writes JSON lines anyway."),
+        (
+            not args.input
+            and (args.coordinator_address, args.num_processes, args.process_id) != (None,) * 3,
+            "--coordinator-address, --num-processes and --process-id are of a job",
+            "Give --input FILE and --output FILE too.",
+        ),
         (args.chat and args.json, "--json is for one prompt", "Leave out --chat or --json."),
         (args.chat and args.raw, "--chat needs the chat template", "Leave out --chat or --raw."),
         (
@@ -212,7 +227,7 @@ def names(args: argparse.Namespace) -> dict[str, str]:
     """What messages call each option: its flag, or where in --sampling it stands or belongs."""
     from bailing_jax.cli.job_input import SAMPLING
 
-    with_flag = {*engine_options(args), "hf_overrides", "chat_template_args", *_SAMPLING}
+    with_flag = {*engine_options(args), "hf_overrides", "chat_template_args", *_SAMPLING, *_HOSTS}
     try:
         rare = {*json_object("--sampling", args.sampling)}
     except UserError:  # said when it is used

@@ -34,11 +34,13 @@ from bailing_jax.errors import (
     EXIT_USAGE,
     Interrupted,
     NotFiniteError,
+    Terminated,
     UserError,
 )
 from bailing_jax.terminal import is_terminal
 
 if TYPE_CHECKING:
+    from bailing_jax.cli.job_hosts import Leader
     from bailing_jax.llm import LLM
     from bailing_jax.request import Request, StreamPiece
 
@@ -62,11 +64,12 @@ class Prompts(Protocol):
 
 
 def run_job(
-    load: Callable[[], tuple[LLM, Prompts]],
+    load: Callable[[], tuple[LLM | Leader, Prompts]],
     input_path: Path | None,
     output_path: Path | None,
     defaults: Mapping[str, object],
     say: Say,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> int:
     """Answer every request of the input that the output has no answer for.
 
@@ -76,6 +79,7 @@ def run_job(
         output_path: answers; None: stdout, where nothing can be continued.
         defaults: sampling fields of the command, for lines that do not name them.
         say: called with each remark and line of progress.
+        is_stopping: whether the job has to end with what is running.
 
     Returns:
         The exit code.
@@ -84,6 +88,7 @@ def run_job(
         UserError: with code 2, before anything is written; later, with code 1, what kept the job
             from going on.
         KeyboardInterrupt: after saying what is left.
+        Terminated: likewise, when it was stopping.
     """
     check_paths(input_path, output_path)
     with Requests(input_path, defaults) as requests, Output(output_path, say) as output:
@@ -97,7 +102,8 @@ def run_job(
             prepare = functools.partial(_prepared, llm, prompts, requests)
             _check(prepare, requests, left, say)
             output.start()
-            if failed := _Run(llm, prepare, requests, output, left, say).run():
+            run = _Run(llm, prepare, requests, output, left, say, is_stopping)
+            if failed := run.run():
                 say(f"{failed} of {len(left)} answers ended with an error; their lines say which")
                 return EXIT_FAILURE
         else:
@@ -146,7 +152,7 @@ def _regular_file(file: Path | TextIO | None) -> os.stat_result | None:
 
 
 def _prepared(
-    llm: LLM, prompts: Prompts, requests: Requests, number: int
+    llm: LLM | Leader, prompts: Prompts, requests: Requests, number: int
 ) -> tuple[RequestId, Request]:
     request = requests.load(number)
     ids = request.prompt
@@ -175,13 +181,15 @@ class _Run:
 
     def __init__(
         self,
-        llm: LLM,
+        llm: LLM | Leader,
         prepare: Prepare,
         requests: Requests,
         output: Output,
         left: Sequence[int],
         say: Say,
+        is_stopping: Callable[[], bool],
     ) -> None:
+        self._is_stopping = is_stopping
         self._llm = llm
         self._prepare = prepare
         self._requests = requests
@@ -203,19 +211,26 @@ class _Run:
                 if self._progress.is_due():
                     self._say(self._progress.line(self._written))
             self._output.sync()
+            if self._written < len(self._left):
+                raise Terminated
             self._say(self._progress.total(self._written))
             return self._failed
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             self._output.sync()
+            if isinstance(stop, Terminated):
+                self._say_left()
+                raise
             # A terminal has just shown ^C, and stays on its line.
-            left = "\n" * is_terminal(sys.stderr)
-            left += f"{len(self._left) - self._written} of {len(self._requests)} requests are left"
-            self._say(left + "; the same command goes on" * self._output.goes_on)
+            self._say_left("\n" * is_terminal(sys.stderr))
             raise Interrupted from None
         finally:
             self._llm.watch_compiling(None)
             for _, request in self._active:
                 self._llm.cancel(request)
+
+    def _say_left(self, before: str = "") -> None:
+        left = f"{len(self._left) - self._written} of {len(self._requests)} requests are left"
+        self._say(before + left + "; the same command goes on" * self._output.goes_on)
 
     def _compiles(self, what: str) -> None:
         self._say(f"compiling {what}")
@@ -225,7 +240,7 @@ class _Run:
         """Submit so many that no slot waits for one; returns whether there is work."""
         room = 2 * self._llm.limits.total_num_seqs
         room -= sum(request.params.n for _, request in self._active)
-        while room > 0 and self._submitted < len(self._left):
+        while room > 0 and self._submitted < len(self._left) and not self._is_stopping():
             number = self._left[self._submitted]
             try:
                 request_id, request = self._prepare(number)
