@@ -17,13 +17,15 @@ from dataclasses import dataclass
 
 from bailing_jax.config import ModelConfig
 from bailing_jax.layer_plan import layer_plan
-from bailing_jax.mesh import MeshShape, tensor_axes
+from bailing_jax.mesh import MeshShape
 from bailing_jax.params import Param
 from bailing_jax.planning.model import PlannedModel
 from bailing_jax.planning.workload import FP8, ITEM_BYTES, PAGE_SIZE, Workload
 from bailing_jax.sharding import local_shape
 
 _FLOAT32 = 4
+# What a block of the expert exchange may take, as in bailing_jax.layers.expert_exchange.
+EXCHANGE_BYTES = 2**28
 _NEVER_FP8 = ("vocab", "router_experts")
 # What a step's buffers come to beyond those that are counted: XLA keeps some of two layers at once.
 _MARGIN = 1.4
@@ -148,10 +150,16 @@ def _attention_bytes(config: ModelConfig, mesh: MeshShape, rows: int, item: int)
 
 
 def _expert_bytes(config: ModelConfig, mesh: MeshShape, rows: int, item: int) -> int:
-    """Rows from all shards that share the experts, and what comes back to them."""
-    moe, d = config.moe, config.hidden_size
-    gathered = rows * mesh.expert
-    whole, _ = tensor_axes(config, mesh)
-    pairs = gathered * moe.num_experts_per_token // (mesh.expert * whole) + gathered
-    exchange = gathered * d * (item + _FLOAT32) if mesh.expert > 1 else 0
-    return exchange + pairs * d * (item + _FLOAT32)
+    """Rows sorted by expert, each choice's result, and that once more in the order of the rows; of
+    all shards that share the experts, a block of rows at a time."""
+    row = config.moe.num_experts_per_token * config.hidden_size * (item + 2 * _FLOAT32)
+    if mesh.expert == 1:
+        return rows * row
+    blocks = num_blocks(rows, mesh.expert * row, EXCHANGE_BYTES)
+    return rows // blocks * mesh.expert * row
+
+
+def num_blocks(rows: int, row_bytes: int, allowed_bytes: int) -> int:
+    """Into how many equal blocks rows are cut, so that one takes about what is allowed."""
+    wanted = min(rows, -(-rows * row_bytes // allowed_bytes))
+    return next(n for n in range(wanted, rows + 1) if rows % n == 0)

@@ -3,7 +3,8 @@
     memory        weights read once (of the experts, those that the step's rows are expected to
                   choose), state in and out, pages read, over the HBM rate
     compute       two FLOPs a weight and row, and attention's own, over the bfloat16 rate
-    interconnect  two sums over `tensor` a layer, rows to their experts and back over `expert`
+    interconnect  two sums over `tensor` a layer, in float32; every row to all shards that share
+                  its experts, and back as a sum; the logits over `tensor`
 
 Experts are taken to be chosen evenly and independently, activations to stay on the chip, kernels
 to start in no time: what comes out is a bound and no forecast. `bound_seconds` lets all three
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 from bailing_jax.config import ModelConfig
 from bailing_jax.layer_plan import layer_plan
-from bailing_jax.mesh import MeshShape, tensor_axes
+from bailing_jax.mesh import MeshShape
 from bailing_jax.planning import footprint
 from bailing_jax.planning.model import PlannedModel
 from bailing_jax.planning.topology import Topology
@@ -204,7 +205,7 @@ def phase(
     return Phase(
         memory=memory_bytes(config, mesh, load, weights, rows) / chip.hbm_rate,
         compute=flops(config, mesh, weights, rows) / chip.bf16_rate,
-        interconnect=interconnect_seconds(config, topology, mesh, load, rows.count),
+        interconnect=interconnect_seconds(config, topology, mesh, load, rows),
     )
 
 
@@ -254,35 +255,28 @@ def _attention_flops(config: ModelConfig, mesh: MeshShape, rows: Rows) -> float:
 
 
 def interconnect_seconds(
-    config: ModelConfig, topology: Topology, mesh: MeshShape, load: Workload, rows: int
+    config: ModelConfig, topology: Topology, mesh: MeshShape, load: Workload, rows: Rows
 ) -> float:
-    """Of all messages of a step with so many rows a shard."""
-    plan, item = layer_plan(config), ITEM_BYTES[load.dtype]
-    stream = rows * config.hidden_size * item
-    # The embedding, and the output of attention and of the feed-forward layer, each layer.
-    seconds = (2 * len(plan) + 1) * _sum_seconds(topology, stream, mesh.tensor)
+    """Of all messages of a step, as the step sends them."""
+    plan, d = layer_plan(config), config.hidden_size
+    lightning = sum(layer.attention == "lightning" for layer in plan)
+    wide = rows.count * d * _FLOAT32
+    # The embedding, and of each layer the output of attention and of the feed-forward part.
+    seconds = (2 * len(plan) + 1) * 2 * _gather_seconds(topology, wide, mesh.tensor)
     if (att := config.lightning) is not None and mesh.tensor > att.num_norm_groups:
-        means = rows * _FLOAT32
-        lightning = sum(layer.attention == "lightning" for layer in plan)
-        sharing = mesh.tensor // att.num_norm_groups
-        seconds += lightning * _sum_seconds(topology, means, sharing)
-    there = topology.exchange_seconds(
-        stream * _others(config, mesh), mesh.expert, stride=mesh.tensor
-    )
+        means = rows.count * _FLOAT32 * mesh.tensor
+        seconds += lightning * _gather_seconds(topology, means, mesh.tensor)
+    logits = rows.sequences * config.vocab_size * _FLOAT32
+    seconds += _gather_seconds(topology, logits, mesh.tensor)
+    # Rows and choices of all shards there; back a part of each shard's sum.
+    there = rows.count * d * ITEM_BYTES[load.dtype] * mesh.expert
     moe_layers = sum(layer.mlp == "moe" for layer in plan)
-    return seconds + moe_layers * 2 * there
+    for size in (there, wide * mesh.expert):
+        seconds += moe_layers * _gather_seconds(topology, size, mesh.expert, stride=mesh.tensor)
+    return seconds
 
 
-def _sum_seconds(topology: Topology, num_bytes: int, devices: int) -> float:
-    """Of a sum over devices that all get: each part is summed somewhere, then sent to all."""
-    sent = num_bytes * (devices - 1) / devices
-    return 2 * topology.exchange_seconds(sent, devices)
-
-
-def _others(config: ModelConfig, mesh: MeshShape) -> float:
-    """The expected number of other devices along `expert` with an expert that a row chose, among
-    those at the same place along `tensor`."""
-    whole, _ = tensor_axes(config, mesh)
-    places = mesh.expert * whole
-    chosen = 1 - (1 - 1 / places) ** config.moe.num_experts_per_token
-    return (mesh.expert - 1) * chosen
+def _gather_seconds(topology: Topology, num_bytes: float, devices: int, stride: int = 1) -> float:
+    """Of putting so many bytes together on every device from the parts of each, or of summing
+    what all hold into parts: a sum that all get is both."""
+    return topology.exchange_seconds(num_bytes * (devices - 1) / devices, devices, stride)

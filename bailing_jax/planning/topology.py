@@ -65,7 +65,9 @@ class Topology:
         if not chip.is_tpu:
             crosses = devices * stride > chip.chips_a_host
             return num_bytes / (chip.host_link_rate if crosses else chip.link_rate)
-        sides = _near_equal(-(-devices // chip.devices_a_chip), len(self.shape))
+        # The devices of one chip are neighbours along the innermost axis first.
+        on_a_chip = max(1, chip.devices_a_chip // stride)
+        sides = _near_equal(-(-devices // on_a_chip), len(self.shape))
         # Along a side of two there is one neighbour, along a longer one there are two.
         links = sum(min(side - 1, 2) for side in sides)
         hops = sum(side // 2 for side in sides)
