@@ -1,0 +1,74 @@
+"""The engine's own steps over a mesh of described devices, ready to be lowered.
+
+The same programs that the engine compiles, over shapes in place of arrays: weights and state have a
+place on the devices and no content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from bailing_jax.batch import BatchLayout, pack, stack
+from bailing_jax.config import ModelConfig
+from bailing_jax.engine import sampler
+from bailing_jax.engine.limits import EngineLimits
+from bailing_jax.engine.programs import Programs, no_ends
+from bailing_jax.layers.options import RuntimeOptions
+from bailing_jax.layers.parallel import Parallel
+from bailing_jax.mesh import MeshShape
+from bailing_jax.model import build, param_dtype
+from bailing_jax.params import Param
+from bailing_jax.placement import Placement
+from bailing_jax.planning.workload import PAGE_SIZE, Workload
+from bailing_jax.state import DecodeState
+
+# (name, token rows a shard, lowers it)
+Step = tuple[str, int, Callable[[], jax.stages.Lowered]]
+
+
+def traceable(
+    config: ModelConfig, devices: Sequence[Any], mesh: MeshShape, load: Workload
+) -> Iterator[Step]:
+    """The step in which every sequence decodes, and the one that takes in a chunk beside them."""
+    placement = Placement(config, mesh, devices)
+    options = RuntimeOptions(dtype=load.dtype, parallel=Parallel.of(config, mesh))
+
+    def shape(param: Param) -> Any:
+        return placement.param_shape(param, param_dtype(param, options))
+
+    programs = Programs(build(config, options, shape), placement)
+    limits = EngineLimits(
+        load.decode_rows(mesh), load.max_model_len, load.prefill_chunk, PAGE_SIZE
+    )
+    spec = limits.state_spec(load.dtype, load.state_dtype)
+    state = DecodeState(placement.state_shapes(spec))  # pyright: ignore[reportArgumentType]
+
+    def over_shards(arrays: Any) -> Any:
+        return jax.tree.map(lambda a: np.stack([a] * mesh.num_shards), arrays)
+
+    def lower(num_prefill: int, num_segments: int) -> jax.stages.Lowered:
+        layout: BatchLayout = pack(
+            [],
+            [],
+            num_decode=limits.max_num_seqs,
+            num_prefill=num_prefill,
+            num_segments=num_segments,
+            page_size=limits.page_size,
+            pages_a_sequence=limits.pages_a_sequence,
+        )
+        rows = (layout, sampler.knobs(layout.logit_rows.shape[0], (), ()), no_ends(layout.num_decode))
+        if mesh.num_shards > 1:
+            rows = (stack([layout] * mesh.num_shards), *map(over_shards, rows[1:]))
+        with jax.set_mesh(placement.mesh):
+            if num_prefill:
+                return programs._mixed.lower(programs._leaves, state, *rows[:2])
+            return programs._decode.lower(programs._leaves, state, *rows, np.int32(1))
+
+    decode = limits.max_num_seqs
+    yield "decode", decode, lambda: lower(0, 0)
+    prefill = load.prefill_chunk
+    yield "prefill", decode + prefill, lambda: lower(prefill, load.segments(mesh))
