@@ -1,0 +1,62 @@
+"""Every mesh gives the single device's answers; runs on eight simulated devices."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from checks import assert_same_bits
+from mesh_models import CONFIGS, Seen, config_of, programs, run_alone, run_on
+from tolerances import TOLERANCES
+
+from bailing_jax.engine.programs import NOTHING
+from bailing_jax.mesh import MeshShape, meshes
+
+MESHES = [
+    (name, mesh)
+    for name in CONFIGS
+    for devices in (8, 6, 4, 3, 2)
+    for mesh in meshes(config_of(name), devices)
+]
+
+
+@functools.cache
+def alone(name: str) -> list[Seen]:
+    one = programs(name)
+    return [run_alone(one, shard) for shard in range(8)]
+
+
+def test_there_are_eight_devices() -> None:
+    assert len(jax.devices()) == 8
+    shapes = {(m.data, m.expert, m.tensor) for name, m in MESHES if name == "linear"}
+    assert {(1, 1, 8), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (2, 1, 4)} <= shapes
+
+
+@pytest.mark.parametrize(("name", "mesh"), MESHES, ids=str)
+def test_r091_a_mesh_gives_the_answers_of_one_device(name: str, mesh: MeshShape) -> None:
+    runs = run_on(programs(name, mesh), name, mesh)
+    for shard, seen in enumerate(runs):
+        want = alone(name)[shard]
+        for got, tokens in zip(seen.tokens, want.tokens, strict=True):
+            np.testing.assert_array_equal(got, tokens)
+        for call, (got, logits) in enumerate(zip(seen.logits, want.logits, strict=True)):
+            # Of a decode call the last step's; a shard whose rows ended before has no part in it.
+            steps = max(int((run.tokens[call] != NOTHING).any(axis=1).sum()) for run in runs)
+            rows = seen.tokens[call][steps - 1] != NOTHING
+            np.testing.assert_allclose(
+                got[rows], logits[rows], rtol=0, atol=TOLERANCES["mesh_logits"]
+            )
+        for layer, (got, leaf) in enumerate(zip(seen.state, want.state, strict=True)):
+            # Who has no rows leaves no trace: the poison of free slots and pages is as it was.
+            poison = np.isnan(leaf)
+            assert_same_bits(got[poison], leaf[poison])
+            scale = np.abs(leaf[~poison]).max()
+            error = np.abs(got[~poison] - leaf[~poison]).max()
+            assert error <= TOLERANCES["law_state"] * scale, (layer, error / scale)
+        # Bit for bit where no sum of several devices comes before.
+        exact = len(want.state) if mesh.expert == 1 else 1
+        for got, leaf in zip(seen.state[:exact], want.state[:exact], strict=True):
+            if mesh.tensor == 1:
+                assert_same_bits(got, leaf)
