@@ -35,6 +35,8 @@ COMMANDS = tuple(
 )
 DEVICE_FREE = (
     *(f"bailing_jax.{name}" for name in ("config", "layer_plan", "params", "presets", "errors")),
+    *(f"bailing_jax.{name}" for name in ("mesh", "sharding", "planning.ranking")),
+    "bailing_jax.planning.report",
     *(
         f"bailing_jax.engine.{name}"
         for name in ("scheduler", "slots", "pages", "stop", "invariants", "debug")
