@@ -43,8 +43,9 @@ DEVICE_FREE = (
     ),
 )
 FOLDERS = (
-    *PACKAGES, *(f"bailing_jax.{n}" for n in ("layers", "engine", "text", "checkpoint", "tasks")),
-)  # fmt: skip
+    *PACKAGES,
+    *(f"bailing_jax.{n}" for n in ("layers", "engine", "text", "checkpoint", "tasks", "planning")),
+)
 TYPE_CHECKING = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 REQUIRED = (
     *DEVICE_FREE,
