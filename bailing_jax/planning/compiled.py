@@ -70,15 +70,13 @@ def steps(
         UserError: no libtpu, or the compiler finds that a step does not fit.
     """
     prepare(topology)
-    import jax
-
     from bailing_jax.planning import steps as real
 
     devices = _devices(topology)
     found = []
-    for name, rows, trace in real.traceable(model.config, devices, mesh, load):
+    for name, rows, lower in real.traceable(model.config, devices, mesh, load):
         say(f"compiling the {name} step for {topology.name}")
-        found.append(_compiled(jax, name, rows, trace, topology))
+        found.append(_compiled(name, rows, lower, topology, mesh))
     return tuple(found)
 
 
@@ -94,11 +92,13 @@ def _devices(topology: Topology) -> Any:
 
 
 def _compiled(
-    jax: Any, name: str, rows: int, trace: Callable[[], Any], topology: Topology
+    name: str, rows: int, lower: Callable[[], Any], topology: Topology, mesh: MeshShape
 ) -> CompiledStep:
+    import jax
+
     begun = time.perf_counter()
-    lowered = trace()
-    traced = time.perf_counter()
+    lowered = lower()
+    traced, used = time.perf_counter(), time.process_time()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -120,7 +120,8 @@ def _compiled(
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        collectives=hlo.collectives(compiled.as_text()),
+        collectives=hlo.collectives(compiled.as_text(), mesh),
         trace_s=round(traced - begun, 1),
         compile_s=round(done - traced, 1),
+        compile_cpu_s=round(time.process_time() - used, 1),
     )

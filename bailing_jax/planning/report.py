@@ -41,7 +41,7 @@ class Plan:
 def as_object(plan: Plan) -> dict[str, Any]:
     """The plan as JSON has it; names end in their unit."""
     model, topology = plan.model, plan.chosen.topology
-    smallest = plan.smallest
+    smallest, layers = plan.smallest, model.config.num_layers
     return {
         "model": model.name,
         "model_remark": model.remark,
@@ -61,7 +61,10 @@ def as_object(plan: Plan) -> dict[str, Any]:
         "fits": plan.chosen.fits,
         "smallest_slice": None if smallest is None else candidate_object(smallest),
         "meshes": [candidate_object(found) for found in plan.ranked],
-        "compiled": [asdict(step) for step in plan.compiled],
+        "compiled": [
+            asdict(step) | {"beside_the_exchange": step.beside_the_exchange(layers)}
+            for step in plan.compiled
+        ],
     }
 
 
@@ -219,15 +222,17 @@ def _compiled(plan: Plan) -> list[str]:
     lines = [f"compiled for {plan.chosen.topology.name}, not run (bytes are a device's):"]
     for step in plan.compiled:
         collectives = ", ".join(
-            f"{found.count} {found.kind} ({found.bytes / 1e6:,.2f} MB)"
+            f"{found.count} {found.kind} over {found.over} ({found.bytes / 1e6:,.2f} MB)"
             for found in step.collectives
         )
+        beside = step.beside_the_exchange(plan.model.config.num_layers)
         lines += [
             f"  {step.name}: {step.rows_a_shard} rows a shard; traced in {step.trace_s:.1f} s, "
-            f"compiled in {step.compile_s:.1f} s",
+            f"compiled in {step.compile_s:.1f} s ({step.compile_cpu_s:.1f} s of processor time)",
             f"    arguments {step.argument_bytes / _GIB:.3f} GiB, of which state updated in place "
             f"{step.alias_bytes / _GIB:.3f} GiB; temporaries {step.temporary_bytes / _GIB:.3f} "
             f"GiB; code {step.code_bytes / 2**20:.1f} MiB",
             f"    collectives in the program: {collectives or 'none'}",
+            f"    a layer has {beside:.2f} beside the exchange of the experts' rows",
         ]
     return lines

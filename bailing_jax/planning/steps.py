@@ -23,7 +23,9 @@ from bailing_jax.mesh import MeshShape
 from bailing_jax.model import build, param_dtype
 from bailing_jax.params import Param
 from bailing_jax.placement import Placement
-from bailing_jax.planning.workload import PAGE_SIZE, Workload
+from bailing_jax.planning.footprint import is_matrix
+from bailing_jax.planning.quantised import scaled_shape
+from bailing_jax.planning.workload import FP8, PAGE_SIZE, Workload
 from bailing_jax.state import DecodeState
 
 # (name, token rows a shard, lowers it)
@@ -38,6 +40,8 @@ def traceable(
     options = RuntimeOptions(dtype=load.dtype, parallel=Parallel.of(config, mesh))
 
     def shape(param: Param) -> Any:
+        if load.weight_dtype == FP8 and is_matrix(param):
+            return scaled_shape(placement, param)
         return placement.param_shape(param, param_dtype(param, options))
 
     programs = Programs(build(config, options, shape), placement)
