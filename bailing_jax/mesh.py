@@ -36,6 +36,8 @@ class MeshShape:
         """
         if value is None:
             return cls()
+        if not isinstance(value, Mapping | str):
+            raise bad_value("mesh", value, _FORM)
         pairs = value.items() if isinstance(value, Mapping) else _pairs(value)
         sizes: dict[str, int] = {}
         known = [field.name for field in fields(cls)]

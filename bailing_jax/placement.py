@@ -45,7 +45,7 @@ class Placement:
     """
 
     def __init__(
-        self, config: ModelConfig, shape: MeshShape, devices: Sequence[jax.Device] | None = None
+        self, config: ModelConfig, shape: MeshShape, devices: Sequence[Any] | None = None
     ) -> None:
         check_mesh(config, shape)
         devices = jax.devices() if devices is None else devices
@@ -87,7 +87,7 @@ class Placement:
         splits = sharding.splits(self.config, param, self.shape)
         shape = sharding.global_shape(self.config, param, self.shape)
         placed = self.sharded(self.param_spec(param))
-        owners: dict[tuple[int, ...], list[jax.Device]] = {}
+        owners: dict[tuple[int, ...], list[Any]] = {}
         for device, index in placed.addressable_devices_indices_map(shape).items():
             starts = tuple(part.start or 0 for part in index or ())
             owners.setdefault(starts, []).append(device)

@@ -23,7 +23,7 @@ from bailing_jax.params import Param
 
 # The axes of jax's mesh, the slowest first.
 DATA, EXPERT, TENSOR_EXPERTS, TENSOR_WIDTH = "data", "expert", "tensor_experts", "tensor_width"
-AXES = (DATA, EXPERT, TENSOR_EXPERTS, TENSOR_WIDTH)
+AXES: tuple[str, ...] = (DATA, EXPERT, TENSOR_EXPERTS, TENSOR_WIDTH)
 ROWS = (DATA, EXPERT)
 TENSOR = (TENSOR_EXPERTS, TENSOR_WIDTH)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
+from bailing_jax import plugins
 from bailing_jax.config import ModelConfig
 from bailing_jax.errors import UserError
+from bailing_jax.layers.lightning_attention import LightningAttention
 from bailing_jax.mesh import (
     MeshShape,
     auto_mesh,
@@ -18,7 +21,7 @@ from bailing_jax.mesh import (
     meshes,
     tensor_axes,
 )
-from bailing_jax.params import describe
+from bailing_jax.params import Param, describe
 from bailing_jax.presets import find_preset
 from bailing_jax.sharding import (
     AXES,
@@ -29,6 +32,7 @@ from bailing_jax.sharding import (
     regions,
     splits,
 )
+from bailing_jax.state import tensor_axes as state_axes
 
 
 def config_of(preset: str, **changes: object) -> ModelConfig:
@@ -134,9 +138,9 @@ def test_devices_hold_every_element_once_or_the_same_number_of_times(preset: str
 
 
 def test_q_k_and_v_are_each_divided_by_heads() -> None:
-    """Four query heads and two key-value heads of 10 channels: q 0-39, k 40-59, v 60-79."""
+    """Four query heads and two key-value heads of 8 channels: q 0-31, k 32-47, v 48-63."""
     config = config_of(
-        "ring-mini-linear-2.0", num_attention_heads=4, num_key_value_heads=2, head_dim=10,
+        "ring-mini-linear-2.0", num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         group_norm_size=2, layer_group_size=2, num_hidden_layers=2,
     )  # fmt: skip
     fused = {p.path: p for p in describe(config) if p.path.endswith("query_key_value.weight")}
@@ -149,13 +153,13 @@ def test_q_k_and_v_are_each_divided_by_heads() -> None:
         assert whole * width == tensor
         return [box[1] for box in regions(config, param, mesh, position)]
 
-    assert columns(gqa, 2, 1) == [(20, 40), (50, 60), (70, 80)]
+    assert columns(gqa, 2, 1) == [(16, 32), (40, 48), (56, 64)]
     # With four devices, two neighbours hold the same key and value head.
     assert [columns(gqa, 4, i)[1:] for i in range(4)] == [
-        [(40, 50), (60, 70)], [(40, 50), (60, 70)], [(50, 60), (70, 80)], [(50, 60), (70, 80)],
+        [(32, 40), (48, 56)], [(32, 40), (48, 56)], [(40, 48), (56, 64)], [(40, 48), (56, 64)],
     ]  # fmt: skip
-    assert columns(gqa, 4, 2)[0] == (20, 30)
-    assert columns(lightning, 4, 3) == [(30, 40), (70, 80), (110, 120)]
+    assert columns(gqa, 4, 2)[0] == (16, 24)
+    assert columns(lightning, 4, 3) == [(24, 32), (56, 64), (88, 96)]
 
 
 def test_a_device_sees_its_share_of_heads_and_groups() -> None:
@@ -172,3 +176,48 @@ def test_a_device_sees_its_share_of_heads_and_groups() -> None:
         )
         assert local.gqa.num_kv_heads == max(1, config.gqa.num_kv_heads // tensor)
         assert (local.moe, local.vocab_size) == (config.moe, config.vocab_size)
+
+
+class Foreign:
+    """A layer that knows nothing of several devices."""
+
+    @classmethod
+    def parameters(cls, config, path):
+        return (Param(f"{path}.mine", (4, 6), ("embed", "petals"), ()),)
+
+    @classmethod
+    def state_spec(cls, config, spec):
+        return jax.ShapeDtypeStruct((spec.num_slots, 3), "float32")
+
+    def __init__(self, scope, config, options):
+        pass
+
+    def __call__(self, x, state, layout, log_decay):
+        return x, state
+
+
+def test_layers_from_outside_say_how_they_divide_or_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = small("ring-mini-linear-2.0")
+    monkeypatch.setattr(plugins, "_REGISTRY", plugins._Registry())
+    plugins.register_layer("lightning_attention", Foreign)
+    (param, *_) = (p for p in describe(config) if p.path.endswith(".mine"))
+    # Copies need no division.
+    assert local_shape(config, param, MeshShape(4, 2, 1)) == (4, 6)
+    assert state_axes(config, 1)[0] == 1
+    with pytest.raises(UserError, match=r"mine has an axis 'petals' that nothing divides, so tens"):
+        local_shape(config, param, MeshShape(1, 1, 2))
+    with pytest.raises(UserError, match=r"Foreign does not run on tensor=2 .* no tensor_axis"):
+        state_axes(config, 2)
+
+
+def test_a_layer_that_inherits_a_built_in_one_divides_like_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = small("ring-mini-linear-2.0")
+    want = state_axes(config, 2)
+    monkeypatch.setattr(plugins, "_REGISTRY", plugins._Registry())
+    plugins.register_layer("lightning_attention", type("Mine", (LightningAttention,), {}))
+    assert state_axes(config, 2) == want
+    assert {1, 3} >= set(want) - {None}

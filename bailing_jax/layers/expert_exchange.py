@@ -4,9 +4,9 @@
     each device: the choices whose expert it has (a part of its width), nothing for the others
     back: each shard gets its own rows, summed over those devices
 
-No choice is ever dropped and nothing depends on how evenly rows choose. It is done a block of rows
-at a time, so that what is gathered stays small however many shards there are. The sum over the
-devices of one shard is left to the caller, who has more to add to it.
+No choice is ever dropped, however unevenly rows choose. Both what is gathered and what the experts
+work on at a time are bounded, however many shards there are. The sum over the devices of one shard
+is left to the caller, who has more to add to it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from bailing_jax.layers.parallel import Parallel, num_blocks
 # (x, ids, weights, exists) -> [t, d]
 RunExperts = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-# About what a block's rows may take on a device, with what the experts make of them.
-_BLOCK_BYTES = 2**28
+# About what gathered rows and their sums may take, and the copies that experts make of rows.
+_GATHERED_BYTES = 2**29
+_COPIED_BYTES = 2**28
 
 
 def exchange(
@@ -54,7 +55,8 @@ def exchange(
 
     def local(x, ids, weights, exists):
         here = (ids >= first) & (ids < first + num_here)
-        return run(x, jnp.where(here, ids - first, num_here), weights, exists)
+        ids = jnp.where(here, ids - first, num_here)
+        return _where_chosen(run, num_here, x, ids, weights, exists)
 
     if parallel.expert == 1:
         return local(x, ids, weights, exists)
@@ -62,12 +64,37 @@ def exchange(
     def block(arrays):
         return parallel.sum_of_rows(local(*map(parallel.gather_rows, arrays)))
 
-    rows, choices = ids.shape
-    # Of a choice: the row copied, its result in float32, and that once more in its row's order.
-    row_bytes = parallel.expert * choices * x.shape[1] * (x.dtype.itemsize + 8)
-    count = num_blocks(rows, row_bytes, _BLOCK_BYTES)
+    rows, d = x.shape
+    count = num_blocks(rows, parallel.expert * d * (x.dtype.itemsize + 4), _GATHERED_BYTES)
     if count == 1:
         return block((x, ids, weights, exists))
     cut = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), (x, ids, weights, exists))
-    y = jax.lax.map(block, cut)
-    return y.reshape(rows, -1)
+    return jax.lax.map(block, cut).reshape(rows, d)
+
+
+def _where_chosen(
+    run: RunExperts,
+    num_here: int,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    exists: jax.Array,
+) -> jax.Array:
+    """`run` on the rows that chose an expert here, so many at a time that copies stay small."""
+    rows, choices = ids.shape
+    # A choice has a copy of its row, its result in float32, and that in the order of the rows.
+    copied = choices * x.shape[1] * (x.dtype.itemsize + 8)
+    size = rows // num_blocks(rows, copied, _COPIED_BYTES)
+    if size == rows:
+        return run(x, ids, weights, exists)
+    chosen = ((ids < num_here).any(axis=1)) & exists
+    order, num_chosen = jnp.argsort(~chosen, stable=True), chosen.sum()
+
+    def part(number: jax.Array, y: jax.Array) -> jax.Array:
+        at = jax.lax.dynamic_slice_in_dim(order, number * size, size)
+        mine = number * size + jnp.arange(size) < num_chosen
+        return y.at[at].set(run(x[at], ids[at], weights[at], mine), unique_indices=True)
+
+    y = jnp.zeros(x.shape, jnp.float32)
+    # Rows of the last part that nobody chose get the zero they have.
+    return jax.lax.fori_loop(0, -(-num_chosen // size), part, y)

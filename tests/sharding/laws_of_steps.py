@@ -12,6 +12,7 @@ from mesh_models import CONFIGS, Seen, config_of, programs, run_alone, run_on
 from tolerances import TOLERANCES
 
 from bailing_jax.engine.programs import NOTHING
+from bailing_jax.layers import expert_exchange
 from bailing_jax.mesh import MeshShape, meshes
 
 MESHES = [
@@ -34,8 +35,23 @@ def test_there_are_eight_devices() -> None:
     assert {(1, 1, 8), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (2, 1, 4)} <= shapes
 
 
+def test_the_exchange_in_blocks_and_parts_drops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 13 rows a shard one at a time is gathered (13 is prime), and two of the four worked on."""
+    config = config_of("linear")
+    row = config.hidden_size * 8
+    monkeypatch.setattr(expert_exchange, "_GATHERED_BYTES", 4 * row)
+    copied = config.hidden_size * config.moe.num_experts_per_token * 12
+    monkeypatch.setattr(expert_exchange, "_COPIED_BYTES", 2 * copied)
+    compare("linear", MeshShape(1, 4, 2))
+
+
 @pytest.mark.parametrize(("name", "mesh"), MESHES, ids=str)
 def test_r091_a_mesh_gives_the_answers_of_one_device(name: str, mesh: MeshShape) -> None:
+    compare(name, mesh)
+
+
+def compare(name: str, mesh: MeshShape) -> None:
+    """All shards' schedules on the mesh, each against one device."""
     runs = run_on(programs(name, mesh), name, mesh)
     for shard, seen in enumerate(runs):
         want = alone(name)[shard]

@@ -252,14 +252,14 @@ def run_on(programs: Programs, name: str, mesh: MeshShape) -> list[Seen]:
     for parts in zip(*calls, strict=True):
         layouts = [call.layout() for call in parts]
         decodes = parts[0].room is not None
-        ends = [call.ends() for call in parts] if decodes else None
+        each = [call.ends() for call in parts] if decodes else []
         knobs = sampler.knobs(layouts[0].logit_rows.shape[0], (), ())
         if shards == 1:
-            layout, ends = layouts[0], ends and ends[0]
+            layout, ends = layouts[0], each[0] if each else None
         else:
             layout = stack(layouts)
             knobs = jax.tree.map(lambda k: np.stack([k] * shards), knobs)
-            ends = ends and jax.tree.map(lambda *e: np.stack(e), *ends)
+            ends = jax.tree.map(lambda *e: np.stack(e), *each) if each else None
         result = programs.step(state, layout, knobs, ends, STEPS if decodes else 1)
         state = result.state
         for shard in range(shards):
