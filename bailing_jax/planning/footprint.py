@@ -24,8 +24,8 @@ from bailing_jax.planning.workload import FP8, ITEM_BYTES, PAGE_SIZE, Workload
 from bailing_jax.sharding import local_shape
 
 _FLOAT32 = 4
-# What a block of the expert exchange may take, as in bailing_jax.layers.expert_exchange.
-EXCHANGE_BYTES = 2**28
+# What gathered rows and copies of rows may take, as in bailing_jax.layers.expert_exchange.
+GATHERED_BYTES, COPIED_BYTES = 2**29, 2**28
 _NEVER_FP8 = ("vocab", "router_experts")
 # What a step's buffers come to beyond those that are counted: XLA keeps some of two layers at once.
 _MARGIN = 1.4
@@ -150,13 +150,18 @@ def _attention_bytes(config: ModelConfig, mesh: MeshShape, rows: int, item: int)
 
 
 def _expert_bytes(config: ModelConfig, mesh: MeshShape, rows: int, item: int) -> int:
-    """Rows sorted by expert, each choice's result, and that once more in the order of the rows; of
-    all shards that share the experts, a block of rows at a time."""
-    row = config.moe.num_experts_per_token * config.hidden_size * (item + 2 * _FLOAT32)
-    if mesh.expert == 1:
-        return rows * row
-    blocks = num_blocks(rows, mesh.expert * row, EXCHANGE_BYTES)
-    return rows // blocks * mesh.expert * row
+    """Rows of all shards that share the experts and their sums, and of those that the experts work
+    on at a time a copy for each choice, its result, and that once more in the order of the rows."""
+    d, gathered = config.hidden_size, 0
+    copied = config.moe.num_experts_per_token * d * (item + 2 * _FLOAT32)
+    if mesh.expert > 1:
+        row = mesh.expert * d * (item + _FLOAT32)
+        blocks = num_blocks(rows, row, GATHERED_BYTES)
+        gathered = rows // blocks * row
+        rows = rows // blocks * mesh.expert
+    if mesh.expert * mesh.tensor > 1:
+        rows //= num_blocks(rows, copied, COPIED_BYTES)
+    return gathered + rows * copied
 
 
 def num_blocks(rows: int, row_bytes: int, allowed_bytes: int) -> int:

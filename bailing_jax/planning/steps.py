@@ -7,12 +7,12 @@ place on the devices and no content.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from bailing_jax.batch import BatchLayout, pack, stack
+from bailing_jax.batch import pack
 from bailing_jax.config import ModelConfig
 from bailing_jax.engine import sampler
 from bailing_jax.engine.limits import EngineLimits
@@ -32,10 +32,28 @@ from bailing_jax.state import DecodeState
 Step = tuple[str, int, Callable[[], jax.stages.Lowered]]
 
 
-def traceable(
+class Built(NamedTuple):
+    """The programs of a model that has no content.
+
+    Attributes:
+        programs: as the engine has them.
+        leaves: the parameters, as shapes with a place.
+        state: likewise.
+        limits: sizes of one shard.
+        mesh: of jax.
+    """
+
+    programs: Programs
+    leaves: tuple[Any, ...]
+    state: DecodeState
+    limits: EngineLimits
+    mesh: jax.sharding.Mesh
+
+
+def built(
     config: ModelConfig, devices: Sequence[Any], mesh: MeshShape, load: Workload
-) -> Iterator[Step]:
-    """The step in which every sequence decodes, and the one that takes in a chunk beside them."""
+) -> Built:
+    """Programs and arguments over a mesh of these devices."""
     placement = Placement(config, mesh, devices)
     options = RuntimeOptions(dtype=load.dtype, parallel=Parallel.of(config, mesh))
 
@@ -45,17 +63,20 @@ def traceable(
         return placement.param_shape(param, param_dtype(param, options))
 
     programs = Programs(build(config, options, shape), placement)
-    limits = EngineLimits(
-        load.decode_rows(mesh), load.max_model_len, load.prefill_chunk, PAGE_SIZE
-    )
+    limits = EngineLimits(load.decode_rows(mesh), load.max_model_len, load.prefill_chunk, PAGE_SIZE)
     spec = limits.state_spec(load.dtype, load.state_dtype)
     state = DecodeState(placement.state_shapes(spec))  # pyright: ignore[reportArgumentType]
+    return Built(programs, programs._leaves, state, limits, placement.mesh)
 
-    def over_shards(arrays: Any) -> Any:
-        return jax.tree.map(lambda a: np.stack([a] * mesh.num_shards), arrays)
+
+def traceable(
+    config: ModelConfig, devices: Sequence[Any], mesh: MeshShape, load: Workload
+) -> Iterator[Step]:
+    """The step in which every sequence decodes, and the one that takes in a chunk beside them."""
+    programs, leaves, state, limits, jax_mesh = built(config, devices, mesh, load)
 
     def lower(num_prefill: int, num_segments: int) -> jax.stages.Lowered:
-        layout: BatchLayout = pack(
+        layout = pack(
             [],
             [],
             num_decode=limits.max_num_seqs,
@@ -64,15 +85,16 @@ def traceable(
             page_size=limits.page_size,
             pages_a_sequence=limits.pages_a_sequence,
         )
-        rows = (layout, sampler.knobs(layout.logit_rows.shape[0], (), ()), no_ends(layout.num_decode))
+        knobs = sampler.knobs(layout.logit_rows.shape[0], (), ())
+        rows = (layout, knobs, no_ends(layout.num_decode))
         if mesh.num_shards > 1:
-            rows = (stack([layout] * mesh.num_shards), *map(over_shards, rows[1:]))
-        with jax.set_mesh(placement.mesh):
+            rows = jax.tree.map(lambda a: np.stack([a] * mesh.num_shards), rows)
+        # The mesh tells the kernels' wrappers which chip they are for.
+        with jax.set_mesh(jax_mesh):
             if num_prefill:
-                return programs._mixed.lower(programs._leaves, state, *rows[:2])
-            return programs._decode.lower(programs._leaves, state, *rows, np.int32(1))
+                return programs._mixed.lower(leaves, state, *rows[:2])
+            return programs._decode.lower(leaves, state, *rows, np.int32(1))
 
-    decode = limits.max_num_seqs
+    decode, prefill = limits.max_num_seqs, load.prefill_chunk
     yield "decode", decode, lambda: lower(0, 0)
-    prefill = load.prefill_chunk
     yield "prefill", decode + prefill, lambda: lower(prefill, load.segments(mesh))

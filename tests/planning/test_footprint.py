@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from bailing_jax.errors import UserError
+from bailing_jax.layers import expert_exchange, parallel
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.mesh import MeshShape, meshes
 from bailing_jax.model import param_dtype
@@ -134,12 +135,9 @@ def test_fp8_halves_the_matrices_and_adds_scales(models: dict[str, model.Planned
             assert after == before
         else:
             # A scale for each row of the checkpoint's matrices.
-            sources = [s for s in param.sources if s.take is None or s.take[1] == 0]
-            rows = sum(
-                source.shape[0] if source.take is None else math.prod(param.shape[:2])
-                for source in sources
-            ) if sources else param.shape[0] * param.shape[2]
-            assert after == before // 2 + 4 * rows, param.path
+            sums_over = param.shape[footprint.input_axis(param)]
+            assert after == param.size + 4 * param.size // sums_over, param.path
+            assert before == 2 * param.size
 
 
 def test_input_axes(models: dict[str, model.PlannedModel]) -> None:
@@ -156,6 +154,15 @@ def test_input_axes(models: dict[str, model.PlannedModel]) -> None:
     assert axes["attention.kv_b_proj.value_weight"] == "kv_rank"
     assert axes["mlp.experts.gate_proj.weight"] == "embed"
     assert axes["mlp.experts.down_proj.weight"] == "expert_ffn"
+
+
+def test_exchange_is_cut_as_the_layers_cut_it() -> None:
+    assert footprint.GATHERED_BYTES == expert_exchange._GATHERED_BYTES
+    assert footprint.COPIED_BYTES == expert_exchange._COPIED_BYTES
+    for rows, row_bytes, allowed in ((528, 10**6, 2**28), (7, 2**28, 2**28), (12, 1, 100)):
+        assert footprint.num_blocks(rows, row_bytes, allowed) == parallel.num_blocks(
+            rows, row_bytes, allowed
+        )
 
 
 def test_more_sequences_or_length_never_take_less(models: dict[str, model.PlannedModel]) -> None:
