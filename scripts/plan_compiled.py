@@ -2,8 +2,8 @@
 
 One process a case runs `python -m bailing_jax.plan --compile --json`; its decode step and its step
 with a prompt's chunk go through libtpu's compiler. Results are kept a case at a time in
-docs/benchmarks/plan_compiled.json, so that a case can be made again alone; plan_compiled.md has them
-as a table. Nothing runs on a TPU.
+docs/benchmarks/plan_compiled.json, so that a case can be made again alone; plan_compiled.md is the
+table. Nothing runs on a TPU.
 
     pip install -e '.[plan]'
     python scripts/plan_compiled.py --quick              # one group of layers, nothing written

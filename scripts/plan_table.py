@@ -69,7 +69,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for found in rows:
         if "refused" in found and "mesh" not in found and "parameters" not in found:
             refused[found["model"]] = found["refused"]
-            if "no " != found["refused"][:3]:
+            if found["refused"][:3] != "no ":
                 continue
         lines.append(_line(found))
     lines += ["", "Not planned:", ""]

@@ -1,8 +1,8 @@
 """The meshes of a topology, best first, and the smallest slice on which a model fits.
 
 Those that fit come first; among them the order is decode tokens/s with messages and products
-taking turns, then time to first token, then fewer devices along `tensor`. Plain numbers; `best_mesh`
-is what `--mesh auto` takes.
+taking turns, then time to first token, then fewer devices along `tensor`. Of those that do not
+fit, the one that lacks least comes first. Plain numbers.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def smallest_slice(model: PlannedModel, topology: Topology, load: Workload) -> C
 
 
 def best_mesh(model: PlannedModel, topology: Topology, load: Workload) -> MeshShape:
-    """What `--mesh auto` stands for on these devices.
+    """The mesh to take on these devices when none is named.
 
     Raises:
         UserError: no mesh of so many devices divides the model.

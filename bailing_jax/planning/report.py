@@ -113,6 +113,7 @@ def as_text(plan: Plan) -> str:
     """The plan as a person reads it."""
     model, load, topology = plan.model, plan.load, plan.chosen.topology
     chip = topology.chip
+    hosts, devices = _count(topology.num_hosts, "host"), _count(topology.num_devices, "device")
     allowed = f"{load.memory_fraction:g} of {chip.hbm_bytes / _GIB:.2f} GiB a device"
     lines = [
         f"{model.name}: {model.remark}",
@@ -121,8 +122,7 @@ def as_text(plan: Plan) -> str:
         f"weights {load.weight_dtype}, pages {load.dtype}, recurrent state {load.state_dtype}",
         f"{load.max_num_seqs} sequences of {load.max_model_len} tokens, prefill chunk "
         f"{load.prefill_chunk} tokens",
-        f"{topology.name}: {_count(topology.num_chips, 'chip')}, "
-        f"{_count(topology.num_devices, 'device')}, {_count(topology.num_hosts, 'host')}; {allowed}",
+        f"{topology.name}: {_count(topology.num_chips, 'chip')}, {devices}, {hosts}; {allowed}",
         "",
         *_memory(plan.chosen),
         _verdict(plan),

@@ -100,9 +100,7 @@ class Roofline:
     first_token_binds: str
 
 
-def roofline(
-    model: PlannedModel, topology: Topology, mesh: MeshShape, load: Workload
-) -> Roofline:
+def roofline(model: PlannedModel, topology: Topology, mesh: MeshShape, load: Workload) -> Roofline:
     """The bounds of a mesh on a topology."""
     config, weights = model.config, Weights.of(model, mesh, load)
 

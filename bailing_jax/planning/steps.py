@@ -50,9 +50,7 @@ class Built(NamedTuple):
     mesh: jax.sharding.Mesh
 
 
-def built(
-    config: ModelConfig, devices: Sequence[Any], mesh: MeshShape, load: Workload
-) -> Built:
+def built(config: ModelConfig, devices: Sequence[Any], mesh: MeshShape, load: Workload) -> Built:
     """Programs and arguments over a mesh of these devices."""
     placement = Placement(config, mesh, devices)
     options = RuntimeOptions(dtype=load.dtype, parallel=Parallel.of(config, mesh))
@@ -66,7 +64,7 @@ def built(
     limits = EngineLimits(load.decode_rows(mesh), load.max_model_len, load.prefill_chunk, PAGE_SIZE)
     spec = limits.state_spec(load.dtype, load.state_dtype)
     state = DecodeState(placement.state_shapes(spec))  # pyright: ignore[reportArgumentType]
-    return Built(programs, programs._leaves, state, limits, placement.mesh)
+    return Built(programs, tuple(programs._leaves), state, limits, placement.mesh)
 
 
 def traceable(

@@ -10,17 +10,19 @@ from bailing_jax.planning.hlo import collectives
 
 MESH = MeshShape(expert=2, tensor=2)
 LAYER = 'metadata={op_name="jit(f)/jit(_run_layer)/psum"}'
+PAIRS = "replica_groups={{0,1},{2,3}}"
+TURNED = "replica_groups=[2,2]<=[2,2]T(1,0)"
 TEXT = f"""
 %add (a: f32[], b: f32[]) -> f32[] {{
   ROOT %sum = f32[] add(%a, %b)
 }}
 ENTRY %main {{
   %p = bf16[8,128]{{1,0:T(8,128)}} parameter(0)
-  %all-reduce.3 = f32[8,128]{{1,0:T(8,128)}} all-reduce(%x), replica_groups={{{{0,1}},{{2,3}}}}, {LAYER}
-  %ag = (bf16[4,128]{{1,0}}, bf16[8,128]{{1,0}}) all-gather-start(%p), replica_groups=[2,2]<=[2,2]T(1,0)
+  %all-reduce.3 = f32[8,128]{{1,0:T(8,128)}} all-reduce(%x), {PAIRS}, {LAYER}
+  %ag = (bf16[4,128]{{1,0}}, bf16[8,128]{{1,0}}) all-gather-start(%p), {TURNED}
   %agd = bf16[8,128]{{1,0}} all-gather-done(%ag)
   %rs = f32[2,128]{{1,0}} reduce-scatter(%y), replica_groups=[2,2]<=[4], {LAYER}
-  %two = (f32[8]{{0}}, s32[4]{{0}}) all-reduce(%u, %v), replica_groups={{{{0,1}},{{2,3}}}}, {LAYER}
+  %two = (f32[8]{{0}}, s32[4]{{0}}) all-reduce(%u, %v), {PAIRS}, {LAYER}
   %use = f32[8,128]{{1,0}} fusion(%all-reduce.3), calls=%fused
   %a2a = pred[16]{{0}} all-to-all(%z), replica_groups={{{{0,1,2,3}}}}
   %perm = f8e4m3fn[16]{{0}} collective-permute(%z), source_target_pairs={{{{0,2}},{{2,0}}}}

