@@ -36,14 +36,17 @@ COMMANDS = tuple(
 DEVICE_FREE = (
     *(f"bailing_jax.{name}" for name in ("config", "layer_plan", "params", "presets", "errors")),
     *(f"bailing_jax.{name}" for name in ("group", "agreement", "distributed")),
+    *(f"bailing_jax.{name}" for name in ("mesh", "sharding", "planning.ranking")),
+    "bailing_jax.planning.report",
     *(
         f"bailing_jax.engine.{name}"
         for name in ("scheduler", "slots", "pages", "stop", "invariants", "debug")
     ),
 )
 FOLDERS = (
-    *PACKAGES, *(f"bailing_jax.{n}" for n in ("layers", "engine", "text", "checkpoint", "tasks")),
-)  # fmt: skip
+    *PACKAGES,
+    *(f"bailing_jax.{n}" for n in ("layers", "engine", "text", "checkpoint", "tasks", "planning")),
+)
 TYPE_CHECKING = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 REQUIRED = (
     *DEVICE_FREE,
