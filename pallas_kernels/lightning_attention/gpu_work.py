@@ -32,7 +32,8 @@ class Cut(NamedTuple):
     """How `rows` packed rows of `segments` are handed out; all static.
 
     A segment is cut every `span` rows; span 0 leaves segments whole. `items` bounds the number of
-    pieces, `summed` that of pieces of segments of more than one.
+    pieces, `summed` that of pieces of segments of more than one. `before` rows are not the
+    segments': their bounds count from there.
     """
 
     rows: int
@@ -40,6 +41,7 @@ class Cut(NamedTuple):
     span: int
     items: int
     summed: int
+    before: int = 0
 
 
 class Work(NamedTuple):
@@ -61,9 +63,9 @@ class Work(NamedTuple):
     rank: jax.Array
 
 
-def whole(rows: int, segments: int) -> Cut:
+def whole(rows: int, segments: int, before: int = 0) -> Cut:
     """Every segment in one piece."""
-    return Cut(rows, segments, 0, segments + 1, 0)
+    return Cut(rows, segments, 0, segments + 1, 0, before)
 
 
 def cut(rows: int, segments: int, blocks_per_item: int, chunk: int, wanted_blocks: int) -> Cut:
@@ -93,8 +95,8 @@ def locate(item: jax.Array, cut: Cut, cu_ref, slots_ref) -> Work:
     """The work of an item, read from the tables in the kernel; items beyond the last are empty."""
 
     def bounds(segment):
-        begin = cu_ref[segment]
-        end = cu_ref[jnp.minimum(segment + 1, cut.segments)]
+        begin = cut.before + cu_ref[segment]
+        end = cut.before + cu_ref[jnp.minimum(segment + 1, cut.segments)]
         return begin, jnp.where(segment == cut.segments, cut.rows, end)
 
     def work(segment, piece, pieces, rank):
