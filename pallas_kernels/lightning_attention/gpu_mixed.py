@@ -124,19 +124,20 @@ def lightning_mixed(
     ):  # fmt: skip
         is_segments, index = role(sharing, lax.axis_index("block"))
 
-        @pl.when(is_segments)
-        def _():
-            tables = g_ref, slots_ref, cu_ref, fresh_ref
-            fold_segments(
-                plan, work, index, q_ref, k_ref, v_ref, *tables, pool_ref, o_ref, shared=shared
-            )
-
+        # First: what a feeder's few registers can reach would be compiled for as few.
         @pl.when(~is_segments)
         def _():
             fold_rows(
                 tile, sharing.turns, workers, scale, index,
                 q_ref, k_ref, v_ref, g_ref, decode_slots_ref, pool_ref, o_ref,
             )  # fmt: skip
+
+        @pl.when(is_segments)
+        def _():
+            tables = g_ref, slots_ref, cu_ref, fresh_ref
+            fold_segments(
+                plan, work, index, q_ref, k_ref, v_ref, *tables, pool_ref, o_ref, shared=shared
+            )
 
     kernel = plgpu.kernel(
         lightning_mixed_kernel,
