@@ -53,7 +53,8 @@ class Row:
         positions = rng.integers(0, 100_000, len(slots)).astype(np.int32)
         rope = Rope(theta=600_000.0, num_dims=rotated, yarn=None) if rotated else None
         row = Row(qkv, weights if norms else None, positions, rope, rotated_dtype or dtype, call)
-        call.q, call.k, call.v = (np.asarray(x) for x in jax.jit(row.apart)())
+        # One operation after another: in one program XLA leaves out roundings in between.
+        call.q, call.k, call.v = (np.asarray(x) for x in row.apart())
         return row
 
     def apart(self) -> tuple[jax.Array, jax.Array, jax.Array]:
