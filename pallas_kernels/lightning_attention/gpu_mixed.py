@@ -30,7 +30,7 @@ from pallas_kernels.lightning_attention.gpu_rows import (
     warp_layout,
     warp_tile,
 )
-from pallas_kernels.lightning_attention.gpu_work import ALIGNED_ROWS, Segments, whole
+from pallas_kernels.lightning_attention.gpu_work import ALIGNED_ROWS, whole
 
 plgpu = compat.mosaic_gpu()
 
@@ -105,9 +105,8 @@ def lightning_mixed(
     variant = Variant(scale)
     if rows < 2 * ROWS and key_dim <= 2 * ROWS:
         variant = variant._replace(groups=1)
-    plan, tile = make_plan(heads, key_dim, value_dim, variant), warp_tile(
-        key_dim, value_dim, _ENTRIES
-    )
+    plan = make_plan(heads, key_dim, value_dim, variant)
+    tile = warp_tile(key_dim, value_dim, _ENTRIES)
     if plan is None or tile is None:
         raise ValueError(f"no kernel for key dim {key_dim} and value dim {value_dim}")
     missing = max(-rows % ALIGNED_ROWS, plan.chunk - rows)
@@ -155,13 +154,11 @@ def lightning_mixed(
     return o[:rows], jax.freeze(pool)
 
 
-def share(
-    segment_blocks: int, items: int, workers: int, turns: int | None, first: int
-) -> Sharing:
-    """`items` of decode rows over blocks of `workers` warpgroups."""
+def share(segments: int, items: int, workers: int, turns: int | None, first: int) -> Sharing:
+    """`items` of decode rows over blocks of `workers` warpgroups, beside `segments` blocks."""
     if turns is None:
         turns = min(8, max(1, items // (workers * _MULTIPROCESSORS * _BLOCKS_EACH)))
-    return Sharing(segment_blocks, -(-items // (workers * turns)), turns, min(first, segment_blocks))
+    return Sharing(segments, -(-items // (workers * turns)), turns, min(first, segments))
 
 
 def role(sharing: Sharing, block: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -170,12 +167,12 @@ def role(sharing: Sharing, block: jax.Array) -> tuple[jax.Array, jax.Array]:
     late = block - sharing.first
     if not spread:
         return late < 0, jnp.where(late < 0, block, late)
-    # Of every `total` late blocks `spread`, as evenly as whole numbers allow. The products stay
-    # below 2^31 for 46,340 blocks; beyond, nothing is gained by spreading.
     total = spread + sharing.rows
     if spread * (total + 1) >= 1 << 31:
+        # Beyond int32 below; so many blocks are in no need of spreading.
         late = block - sharing.segments
         return late < 0, jnp.where(late < 0, block, late)
+    # Of `total` late blocks `spread`, as evenly as whole numbers allow.
     before = late * spread // total
     is_segments = (late < 0) | ((late + 1) * spread // total > before)
     number = jnp.where(late < 0, block, sharing.first + before)

@@ -43,9 +43,7 @@ class Row:
         rotated_dtype=None,
     ) -> Row:  # fmt: skip
         segments = [Segment(slot, 1) for slot in slots]
-        call = Call.random(
-            rng, segments, LOG_DECAY, dim, dim, dtype=dtype, state_dtype=state_dtype
-        )
+        call = Call.random(rng, segments, LOG_DECAY, dim, dim, dtype=dtype, state_dtype=state_dtype)
         qkv = normal(rng, (len(slots), 3, len(LOG_DECAY), dim), dtype)
         empty = [row for row, slot in enumerate(slots) if not slot]
         qkv[empty] = poison(rng, (len(empty), *qkv.shape[1:]), dtype)
@@ -104,9 +102,9 @@ def run_apart(machine, row: Row):
 
 
 def check(machine, row: Row, **options):
-    """Entries of heads none of whose numbers was rounded to its neighbour are as exact as apart."""
+    """Against the fold; rows of states whose k was not rounded to a neighbour as exact as apart."""
     o, after = map(np.asarray, run(machine, row, **options))
-    o_apart, after_apart = map(np.asarray, run_apart(machine, row))
+    after_apart = np.asarray(run_apart(machine, row)[1])
     assert (o.dtype, after.dtype) == (row.qkv.dtype, after_apart.dtype)
     used = [slot for slot in (s.slot for s in row.call.segments) if slot]
     others = [slot for slot in range(len(after)) if slot not in used]
@@ -167,7 +165,9 @@ def test_company_and_slots_do_not_matter(rng, machine):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("dim", "rotated"), [(64, 32), (128, 64), (128, 128), (256, 128), (96, 48)])
+@pytest.mark.parametrize(
+    ("dim", "rotated"), [(64, 32), (128, 64), (128, 128), (256, 128), (96, 48)]
+)
 def test_every_size(rng, dim, rotated, state_dtype):
     slots = [0, *(1 + rng.permutation(39))[:33].tolist(), 0]
     check("gpu", Row.random(rng, dim, rotated=rotated, slots=slots, state_dtype=state_dtype))
