@@ -76,9 +76,7 @@ def test_mixed_is_the_fold_and_the_two_operators(
     rng, machine, size, log_decay, state_dtype, sharing
 ):
     """Segments fresh, going on, empty and of NULL; NaN in all rows and slots of nobody."""
-    call = mixed_call(
-        rng, DECODES, SEGMENTS, log_decay, *size, pads=5, state_dtype=state_dtype
-    )
+    call = mixed_call(rng, DECODES, SEGMENTS, log_decay, *size, pads=5, state_dtype=state_dtype)
     num = len(DECODES)
     o, after = run(machine, call, num, **sharing)
     call.check(o, after, "wgmma", "wgmma")
