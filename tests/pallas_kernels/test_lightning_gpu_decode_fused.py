@@ -15,10 +15,8 @@ from tolerances import TOLERANCES
 
 from bailing_jax.config import Rope
 from bailing_jax.layers.rope import inverse_frequencies, rotate_half_split
-from pallas_kernels import compat, lightning_decode
-
-if compat.has_mosaic_gpu():
-    from pallas_kernels.lightning_attention.gpu_decode_fused import lightning_decode_fused, why_not
+from pallas_kernels import lightning_decode
+from pallas_kernels.lightning_attention.gpu_decode_fused import lightning_decode_fused, why_not
 
 LOG_DECAY = [0.0, -0.004, -8.0]
 SLOTS = [4, 0, 1, 6, 0, 3]
@@ -173,7 +171,6 @@ def test_every_size(rng, dim, rotated, state_dtype):
     check("gpu", Row.random(rng, dim, rotated=rotated, slots=slots, state_dtype=state_dtype))
 
 
-@pytest.mark.mosaic_interpreter
 def test_what_it_does_not_take_is_named():
     spec = jax.ShapeDtypeStruct
     qkv, state = spec((4, 3, 2, 64), jnp.bfloat16), spec((3, 2, 64, 64), jnp.float32)

@@ -10,10 +10,8 @@ from checks import assert_close, assert_same_bits
 from lightning_cases import Segment
 from lightning_gpu_cases import MACHINES, SCALE, Call, on
 
-from pallas_kernels import compat, lightning_decode, lightning_prefill
-
-if compat.has_mosaic_gpu():
-    from pallas_kernels.lightning_attention.gpu_mixed import lightning_mixed, role, share, why_not
+from pallas_kernels import lightning_decode, lightning_prefill
+from pallas_kernels.lightning_attention.gpu_mixed import lightning_mixed, role, share, why_not
 
 # NULL in between, not in order.
 DECODES = [9, 0, 12, 4, 0]
@@ -142,7 +140,6 @@ def test_every_size(rng, size, state_dtype):
         assert_same_bits(again[1], after)
 
 
-@pytest.mark.mosaic_interpreter
 @pytest.mark.parametrize("segments", [1, 7, 132, 1056])
 @pytest.mark.parametrize("items", [1, 100, 4096])
 @pytest.mark.parametrize("first", [0, 5, 132])
@@ -156,7 +153,6 @@ def test_every_block_has_one_role(segments, items, first):
     assert is_segments[: sharing.first].all()
 
 
-@pytest.mark.mosaic_interpreter
 def test_what_it_does_not_take_is_named():
     spec = jax.ShapeDtypeStruct
     wide = spec((4, 2, 64), jnp.float32)
