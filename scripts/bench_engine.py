@@ -43,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="the engine beside the bare decode step")
     add = parser.add_argument
     add("--model", help="a checkpoint folder; default: the model that ships with the package")
+    add("--kernels", default="auto", help="one implementation of all operators, or auto")
     add("--concurrency", default="1,32", help="how many requests decode at once")
     add("--tokens", type=int, help="tokens a request in a round (256; --quick: 33)")
     add("--rounds", type=int, help="rounds of each (7; --quick: 2)")
@@ -214,7 +215,7 @@ def main() -> None:
     counts = [int(part) for part in args.concurrency.split(",")]
     llm = LLM(
         args.model, max_num_seqs=max(counts), max_model_len=512, prefill_chunk=256,
-        report=lambda _line: None,
+        kernels=args.kernels, report=lambda _line: None,
     )  # fmt: skip
     llm.warm_up_all(lambda _line: None)
     device = jax.devices()[0]
@@ -229,6 +230,7 @@ def main() -> None:
         "jax": jax.__version__,
         "bailing_jax": bailing_jax.__version__,
         "model": llm.config.architecture,
+        "kernels": args.kernels,
         "limits": {"max_num_seqs": llm.limits.max_num_seqs, "max_model_len": 512},
         "tokens_a_round": args.tokens,
         "rounds": args.rounds,

@@ -103,7 +103,7 @@ def test_slots_beyond_two_to_the_31_elements(rng):
 
 
 @pytest.mark.gpu
-def test_more_rows_than_a_grid_axis(rng):
+def test_r099_more_rows_than_a_grid_axis(rng):
     """CUDA's second and third grid axes end at 65,535."""
     num = 65_600
     slots = 1 + rng.permutation(num).astype(np.int32)

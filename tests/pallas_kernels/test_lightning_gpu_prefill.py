@@ -188,7 +188,7 @@ def test_long_prompts(rng, lengths):
 
 
 @pytest.mark.gpu
-def test_65_536_segments(rng):
+def test_r099_65_536_segments(rng):
     """Most are empty; against the same call through XLA."""
     num = 65_536
     lengths = rng.choice([0, 0, 0, 1, 2, 70], num, p=[0.3, 0.3, 0.2, 0.1, 0.09, 0.01])

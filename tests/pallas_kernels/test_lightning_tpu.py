@@ -226,7 +226,7 @@ def test_named_shapes_are_what_they_say():
         assert len(set(shape.lengths)) == len(shape.lengths)
 
 
-def test_the_scalar_memory_holds_65536_sequences():
+def test_r099_the_scalar_memory_holds_65536_sequences():
     q = jax.ShapeDtypeStruct((65536, 1, 128), "bfloat16")
     state = jax.ShapeDtypeStruct((9, 1, 128, 128), "float32")
     assert tpu_decode.supports(q, q, q, None, state) is None
