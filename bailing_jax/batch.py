@@ -77,12 +77,12 @@ class BatchLayout:
     @property
     def num_decode(self) -> int:
         """D, the number of decode rows, padding included."""
-        return self.decode_slots.shape[0]
+        return self.decode_slots.shape[-1]
 
     @property
     def num_prefill(self) -> int:
         """T, the number of prefill rows, padding included."""
-        return self.tokens.shape[0] - self.num_decode
+        return self.tokens.shape[-1] - self.num_decode
 
     def decode_rows(self, x: jax.Array) -> jax.Array:
         """The decode rows of x [D + T, ...]."""
@@ -192,6 +192,18 @@ def pack(
         "logit_rows": logit_rows,
     }
     return BatchLayout(**arrays)
+
+
+def stack(layouts: Sequence[BatchLayout]) -> BatchLayout:
+    """The layouts of several shards as one, each array with a leading axis [shards, ...].
+
+    Slots and pages stay each shard's own. Only the static sizes can be asked of such a layout;
+    its methods speak of one shard's arrays.
+
+    Raises:
+        ValueError: none, or static sizes that differ.
+    """
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *layouts)
 
 
 def _places(rows: Sequence[Row], size: int, width: int) -> tuple[np.ndarray, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bailing_jax.config import ModelConfig
 from bailing_jax.engine.limits import EngineLimits
 from bailing_jax.errors import bad_value
 from bailing_jax.layers.options import RuntimeOptions
+from bailing_jax.layers.parallel import Parallel
+from bailing_jax.mesh import MeshShape, auto_mesh, check_devices, check_mesh
 from bailing_jax.state import PAGE_SIZE
 from pallas_kernels import dispatch
 from pallas_kernels.lightning_attention.api import CHUNK_SIZE
@@ -35,11 +37,12 @@ class EngineOptions:
             for a float16 one).
         state_dtype: of the recurrent state.
         rope_dtype: of q and k after RoPE; None: as `dtype`.
-        max_num_seqs: sequences that run at once.
+        max_num_seqs: sequences that run at once, over all shards of a mesh; rounded up to as many
+            in each.
         max_model_len: tokens of one sequence; None: the model's own limit, at most 4096.
         prefill_chunk: prefill tokens a step.
         memory_fraction: the share of memory that may be used.
-        mesh: only one device for now.
+        mesh: devices along `data`, `expert` and `tensor`; "auto": all there are; None: one.
         kernels: "auto" or the name of one implementation of all operators.
         batch_invariant: exact mode: a request's bits depend on nothing but itself.
     """
@@ -70,8 +73,7 @@ class EngineOptions:
                 raise bad_value(name, value, "an integer >= 1")
         if not _is_fraction(self.memory_fraction):
             raise bad_value("memory_fraction", self.memory_fraction, "a number > 0 and <= 1")
-        if not _is_single(self.mesh):
-            raise bad_value("mesh", self.mesh, "one device (sharding is not supported yet)")
+        _ = self.mesh_shape
         if not isinstance(self.batch_invariant, bool):
             raise bad_value("batch_invariant", self.batch_invariant, "True, False")
         with_exact = " (with batch_invariant)" * self.batch_invariant
@@ -91,6 +93,26 @@ class EngineOptions:
             allowed = f"a multiple of {CHUNK_SIZE} or a divisor of it{with_exact}"
             raise bad_value("prefill_chunk", self.prefill_chunk, allowed)
 
+    @property
+    def mesh_shape(self) -> MeshShape:
+        """The mesh; one device as long as "auto" is not resolved.
+
+        Raises:
+            UserError: no mesh is written so.
+        """
+        return MeshShape() if self.mesh == "auto" else MeshShape.parse(self.mesh)
+
+    def resolved(self, config: ModelConfig, num_devices: int) -> EngineOptions:
+        """The same with the mesh that "auto" comes to, checked against model and devices.
+
+        Raises:
+            UserError: the mesh does not divide the model, or there are fewer devices.
+        """
+        mesh = auto_mesh(config, num_devices) if self.mesh == "auto" else self.mesh_shape
+        check_mesh(config, mesh)
+        check_devices(mesh, num_devices)
+        return replace(self, mesh=str(mesh))
+
     def runtime(self, config: ModelConfig, platform: str) -> RuntimeOptions:
         """What the layers need to know."""
         dtype = self.dtype
@@ -103,10 +125,11 @@ class EngineOptions:
             rope_dtype=self.rope_dtype,
             kernels=self.kernels,
             exact=self.batch_invariant,
+            parallel=Parallel.of(config, self.mesh_shape, ordered=self.batch_invariant),
         )
 
     def limits(self, config: ModelConfig) -> EngineLimits:
-        """The engine's static sizes.
+        """The static sizes of an engine, of each of its shards.
 
         Raises:
             UserError: max_model_len exceeds what the model was made for.
@@ -119,21 +142,15 @@ class EngineOptions:
                 f"up to {config.max_positions} (max_position_embeddings; hf_overrides changes it)",
                 options=("hf_overrides",),
             )
+        num_shards = self.mesh_shape.num_shards
         return EngineLimits(
-            self.max_num_seqs,
+            -(-self.max_num_seqs // num_shards),
             length,
             self.prefill_chunk,
             PAGE_SIZE,
             exact=self.batch_invariant,
+            num_shards=num_shards,
         )
-
-
-def _is_single(mesh: Mapping[str, int] | str | None) -> bool:
-    if mesh is None or mesh == "auto":
-        return True
-    if isinstance(mesh, str):
-        return all(part.split("=")[-1].strip() == "1" for part in mesh.split(","))
-    return isinstance(mesh, Mapping) and all(size == 1 for size in mesh.values())
 
 
 def _is_fraction(value: object) -> bool:

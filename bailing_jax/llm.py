@@ -16,10 +16,11 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from bailing_jax.engine.engine import Engine, fresh_seed
+from bailing_jax.engine.engine import Engine
 from bailing_jax.engine.exact_check import require_exact
 from bailing_jax.engine.programs import Programs
 from bailing_jax.engine.scoring import Scorer
+from bailing_jax.engine.seeds import FreshSeeds
 from bailing_jax.engine.stop import StopMatcher
 from bailing_jax.engine_options import (
     DEFAULT_NUM_SEQS,
@@ -30,6 +31,7 @@ from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.loading import Report, load
 from bailing_jax.request import Answer, Request, RequestOutput, StreamPiece
 from bailing_jax.sampling_params import SamplingParams, resolve
+from bailing_jax.state import state_bytes
 from bailing_jax.terminal import tell
 
 Prompt = str | Sequence[int]
@@ -46,12 +48,14 @@ class LLM:
             checkpoint's elsewhere.
         state_dtype: of the recurrent state, "float32" or "bfloat16".
         rope_dtype: what RoPE hands q and k on in; None: as dtype.
-        max_num_seqs: sequences that run at once.
+        max_num_seqs: sequences that run at once; over all shards of a mesh, rounded up to as many
+            in each.
         max_model_len: tokens of one sequence, prompt and answer; None: the model's limit, at
             most 4096.
         prefill_chunk: prompt tokens a step.
         memory_fraction: the share of the device's memory that may be used.
-        mesh: None; sharding is not supported yet.
+        mesh: devices along `data`, `expert` and `tensor`, such as "data=2,tensor=4" or a mapping;
+            "auto": all there are; None: one.
         kernels: "auto", or the name of one implementation for all operators.
         batch_invariant: exact mode: a request's tokens, log probabilities and state are, bit for
             bit, those of the request alone; slower (docs/numerics.md).
@@ -103,11 +107,20 @@ class LLM:
         self.chat_template = loaded.chat_template
         self.generation_config = loaded.generation_config
         self._name = loaded.name
+        self._seeds = FreshSeeds()
         self._eos_ids = _eos_ids(loaded.config.eos_token_ids, loaded.generation_config)
-        programs = Programs(loaded.model)
-        self._engine = Engine(programs, loaded.config, loaded.limits, loaded.state_spec)
+        programs = Programs(loaded.model, loaded.placement)
+        limits, spec = loaded.limits, loaded.state_spec
+        if limits.num_shards > 1:
+            report(limits.shards_in_words(max_num_seqs, state_bytes(loaded.config, spec)))
+        self._engine = Engine(programs, loaded.config, limits, spec, programs.new_state)
         self._scorer = Scorer(
-            programs, loaded.config, loaded.state_spec, loaded.limits.prefill_chunk
+            programs,
+            loaded.config,
+            spec,
+            limits.prefill_chunk,
+            limits.num_shards,
+            programs.new_state,
         )
 
     def warm_up(self, prompt_tokens: int, sampling_params: SamplingParams | None = None) -> None:
@@ -364,7 +377,7 @@ class LLM:
             on_piece(piece)
             return piece.finish_reason is not None
 
-        seed = fresh_seed() if params.seed is None else (params.seed + index) % 2**64
+        seed = self._seeds.next() if params.seed is None else (params.seed + index) % 2**64
         self._engine.submit(
             request.prompt_token_ids,
             replace(params, n=1),

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+
 from bailing_jax import hub, plugins, runtime, small_model
 from bailing_jax.checkpoint.load import Weights, load_model, match_native, match_released
 from bailing_jax.checkpoint.random_weights import random_model
@@ -17,10 +19,12 @@ from bailing_jax.config import SUPPORTED, ModelConfig
 from bailing_jax.engine.limits import EngineLimits
 from bailing_jax.engine_options import EngineOptions
 from bailing_jax.errors import EXIT_USAGE, UserError
+from bailing_jax.layers import expert_exchange
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.memory import MemoryPlan, plan_memory
 from bailing_jax.model import BailingForCausalLM
 from bailing_jax.params import describe
+from bailing_jax.placement import Placement
 from bailing_jax.presets import find_preset, preset_names
 from bailing_jax.state import StateSpec
 from bailing_jax.text.chat import ChatTemplate, load_chat_template
@@ -41,6 +45,7 @@ class LoadedModel:
         limits: static sizes in force.
         state_spec: the state those sizes need.
         model: the parameters.
+        placement: where they lie on a mesh; None on one device.
         tokenizer: None when the checkpoint has none.
         chat_template: None when the checkpoint has none.
         generation_config: the checkpoint's sampling defaults.
@@ -52,6 +57,7 @@ class LoadedModel:
     limits: EngineLimits
     state_spec: StateSpec
     model: BailingForCausalLM
+    placement: Placement | None
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
     generation_config: Mapping[str, object]
@@ -95,11 +101,11 @@ def load(
         assumed = sorted(set(preset.assumed) - set(hf_overrides))
         if assumed:
             report(f"{preset.name}: assumed, not published: {', '.join(assumed)}")
-        runtime_options, limits, spec = _checked(config, options, report)
+        runtime_options, limits, spec, placement = _checked(config, options, report)
         report(f"{preset.name}: random weights from seed {seed}")
-        made = random_model(config, runtime_options, seed)
+        made = random_model(config, runtime_options, seed, placement)
         return LoadedModel(
-            config, runtime_options, limits, spec, made, None, None, {}, preset.name
+            config, runtime_options, limits, spec, made, placement, None, None, {}, preset.name
         )
     if is_native(folder):
         with open_native(folder) as native:
@@ -158,14 +164,17 @@ def _load_folder(
     chat_template = load_chat_template(folder)
     generation = folder / "generation_config.json"
     generation_config = read_json(generation, "generation_config") if generation.exists() else {}
-    runtime_options, limits, spec = _checked(config, options, report)
+    runtime_options, limits, spec, placement = _checked(config, options, report)
     report(f"reading {weights.num_bytes / 1e6:,.1f} MB from {name}")
     return LoadedModel(
         config=config,
         runtime=runtime_options,
         limits=limits,
         state_spec=spec,
-        model=load_model(config, runtime_options, weights, lambda _done, _total: None),
+        model=load_model(
+            config, runtime_options, weights, lambda _done, _total: None, placement
+        ),
+        placement=placement,
         tokenizer=tokenizer,
         chat_template=chat_template,
         generation_config=generation_config,
@@ -175,15 +184,22 @@ def _load_folder(
 
 def _checked(
     config: ModelConfig, options: EngineOptions, report: Report
-) -> tuple[RuntimeOptions, EngineLimits, StateSpec]:
+) -> tuple[RuntimeOptions, EngineLimits, StateSpec, Placement | None]:
     """The choices in force, reported, after checking that they fit into memory."""
+    options = options.resolved(config, jax.device_count())
+    mesh = options.mesh_shape
+    placement = Placement(config, mesh) if mesh.num_devices > 1 else None
     runtime_options = options.runtime(config, runtime.platform())
     plan = plan_memory(config, runtime_options, options)
-    runtime.check_fits(plan.needs, options.memory_fraction)
+    runtime.check_fits(plan.needs, options.memory_fraction, mesh.num_devices)
     for line in _in_words(config, runtime_options, plan.limits, options):
         report(line)
+    if placement is not None:
+        choices = config.moe.num_experts_per_token
+        how = expert_exchange.in_words(runtime_options.parallel, choices, runtime.platform())
+        report(f"mesh {mesh}: {mesh.num_devices} of {jax.device_count()} devices; {how}; each has")
     report(_memory_in_words(plan))
-    return runtime_options, plan.limits, plan.spec
+    return runtime_options, plan.limits, plan.spec, placement
 
 
 def _in_words(

@@ -1,4 +1,4 @@
-"""What a run needs of a device's memory, worked out before anything is allocated.
+"""What a run needs of each device's memory, worked out before anything is allocated.
 
 Weights, recurrent slots and the temporaries of the largest program are fixed by the options; what
 the allowed share of memory leaves goes to pages, up to every sequence at full length. Fewer pages
@@ -26,8 +26,10 @@ from bailing_jax.engine.sizes import ProgramSize, job_programs
 from bailing_jax.engine_options import EngineOptions
 from bailing_jax.layer_plan import layer_plan
 from bailing_jax.layers.options import RuntimeOptions
+from bailing_jax.mesh import MeshShape
 from bailing_jax.model import build, param_dtype
 from bailing_jax.params import Param, describe
+from bailing_jax.sharding import axis_sizes, local_config, local_shape
 from bailing_jax.state import DecodeState, StateSpec, leaf_shapes
 from bailing_jax.temporaries import peak_bytes
 
@@ -46,8 +48,8 @@ class MemoryPlan:
     Attributes:
         limits: the engine's, with the pages that fit.
         spec: the state of those limits.
-        needs: bytes by purpose; "temporaries" is the estimate for the largest program.
-        memory_bytes: of the machine or device; None when it can't be told.
+        needs: bytes of a device by purpose; "temporaries" is the estimate for the largest program.
+        memory_bytes: of a device, its share of the machine's on a CPU; None when it can't be told.
         allowed_bytes: the share of it that may be used.
     """
 
@@ -76,15 +78,21 @@ def plan_memory(
     Raises:
         UserError: the options do not go with the model.
     """
-    limits = options.limits(config)
+    limits, mesh = options.limits(config), options.mesh_shape
+    local = local_config(config, mesh.tensor)
     spec = limits.state_spec(runtime_options.dtype, options.state_dtype)
     params = describe(config)
     # The step with the most rows does all that the others do.
     largest = max(job_programs(limits), key=lambda size: size.decode_rows + size.prefill_rows)
     temporaries = temporary_bytes(config, runtime_options, limits, spec, largest)
-    weights = sum(p.size * param_dtype(p, runtime_options).itemsize for p in params)
-    recurrent, pages = _state_bytes(config, spec)
+    weights = sum(
+        math.prod(local_shape(config, p, mesh)) * param_dtype(p, runtime_options).itemsize
+        for p in params
+    )
+    recurrent, pages = _state_bytes(local, spec)
     memory = runtime.memory_bytes()
+    if memory is not None:
+        memory //= runtime.devices_that_share_memory(mesh.num_devices)
     allowed = None if memory is None else int(memory * options.memory_fraction)
     if allowed is not None and pages:
         page = pages // spec.num_pages
@@ -125,8 +133,12 @@ def temporary_bytes(
 ) -> int:
     """An estimate, from above, of what a step allocates while it runs, its logits included."""
 
+    parallel = runtime_options.parallel
+    mesh = MeshShape(parallel.data, parallel.expert, parallel.tensor)
+
     def shape(param: Param) -> Any:
-        return jax.ShapeDtypeStruct(param.shape, param_dtype(param, runtime_options))
+        size = local_shape(config, param, mesh)
+        return jax.ShapeDtypeStruct(size, param_dtype(param, runtime_options))
 
     graphdef, params = nnx.split(build(config, runtime_options, shape))
 
@@ -145,7 +157,10 @@ def temporary_bytes(
         page_size=limits.page_size,
         pages_a_sequence=limits.pages_a_sequence,
     )
-    leaves: Any = leaf_shapes(config, spec)  # shapes stand for arrays, as in `shape`
+    local = local_config(config, mesh.tensor)
+    leaves: Any = leaf_shapes(local, spec)  # shapes stand for arrays, as in `shape`
     knobs = sampler.knobs(int(np.shape(layout.logit_rows)[0]), (), ())
-    traced = jax.make_jaxpr(step)(params, DecodeState(leaves), layout, knobs)
+    # As one device sees it, with the axes that it sums over.
+    axes = list(axis_sizes(config, mesh).items())
+    traced = jax.make_jaxpr(step, axis_env=axes)(params, DecodeState(leaves), layout, knobs)
     return int(_MARGIN * peak_bytes(traced.jaxpr, runtime.platform()))

@@ -36,6 +36,8 @@ class MeshShape:
         """
         if value is None:
             return cls()
+        if not isinstance(value, Mapping | str):
+            raise bad_value("mesh", value, _FORM)
         pairs = value.items() if isinstance(value, Mapping) else _pairs(value)
         sizes: dict[str, int] = {}
         known = [field.name for field in fields(cls)]
@@ -152,6 +154,29 @@ def meshes(config: ModelConfig, num_devices: int) -> tuple[MeshShape, ...]:
             if divides(config, mesh):
                 found.append(mesh)
     return tuple(found)
+
+
+def auto_mesh(config: ModelConfig, num_devices: int) -> MeshShape:
+    """All devices: the largest `tensor` that divides model and devices, copies for the rest."""
+    found = (mesh for mesh in meshes(config, num_devices) if mesh.expert == 1)
+    return max(found, key=lambda mesh: mesh.tensor)
+
+
+def check_devices(mesh: MeshShape, available: int) -> None:
+    """Refuse a mesh of more devices than there are.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    if mesh.num_devices > available:
+        there = "is 1" if available == 1 else f"are {available}"
+        raise UserError(
+            f"mesh: {mesh} is {mesh.num_devices} devices; there {there}",
+            'Give a smaller mesh, or "auto". To try one on a CPU, set XLA_FLAGS='
+            f"--xla_force_host_platform_device_count={mesh.num_devices}",
+            2,
+            options=("mesh",),
+        )
 
 
 def _divisors(number: int) -> Iterator[int]:

@@ -2,7 +2,8 @@
 
 `BailingForCausalLM` is a Flax module whose parameter paths are the checkpoint's names. The engine
 splits it once and calls it inside its jitted step: state and layout go in, hidden rows and state
-come out, and `logits` reads the rows that are wanted. `build` makes a model from arrays by path.
+come out, and `logits` reads the rows that are wanted. `build` makes a model from arrays by path. On
+several devices all this is one device's share, which runs inside `jax.shard_map`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bailing_jax.layers.linear import Embedding, Linear
 from bailing_jax.layers.norms import RMSNorm
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.params import Param, describe
+from bailing_jax.sharding import local_config
 from bailing_jax.state import DecodeState
 
 # (graphdef, params, x, leaf, layout, log_decay) -> (x, leaf)
@@ -33,9 +35,10 @@ class BailingModel(nnx.Module):
     """Everything below the head."""
 
     def __init__(self, scope: Scope, config: ModelConfig, options: RuntimeOptions) -> None:
-        self.word_embeddings = Embedding(scope / "word_embeddings")
+        self.word_embeddings = Embedding(scope / "word_embeddings", options.parallel)
+        local = local_config(config, options.parallel.tensor)
         self.layers = nnx.List(
-            DecoderLayer(scope / "layers" / layer, spec, config, options)
+            DecoderLayer(scope / "layers" / layer, spec, local, options)
             for layer, spec in enumerate(layer_plan(config))
         )
         self.norm = RMSNorm(scope / "norm", config.norm_eps)
@@ -48,6 +51,7 @@ class BailingForCausalLM(nnx.Module):
         self.model = BailingModel(scope / "model", config, options)
         self.lm_head = None if config.tie_embeddings else Linear(scope / "lm_head")
         self.config = config
+        self.parallel = options.parallel
 
     def __call__(
         self, state: DecodeState, layout: BatchLayout, run_layer: RunLayer | None = None
@@ -68,6 +72,7 @@ class BailingForCausalLM(nnx.Module):
         decays = jnp.asarray(
             decay_table(config) if config.lightning else jnp.zeros((config.num_layers, 1))
         )
+        decays = self.parallel.part_of_tensor(decays, axis=1)
         run = run_layer or _run_layer
         stream, leaves = [x], []
         for layer, leaf, log_decay in zip(self.model.layers, state.layers, decays, strict=True):
@@ -80,8 +85,10 @@ class BailingForCausalLM(nnx.Module):
         """float32 logits [rows, vocab] of residual rows [rows, d]."""
         x = self.model.norm(x)
         if self.lm_head is None:
-            return self.model.word_embeddings.attend(x)
-        return self.lm_head(x).astype(jnp.float32)
+            logits = self.model.word_embeddings.attend(x)
+        else:
+            logits = self.lm_head(x).astype(jnp.float32)
+        return self.parallel.gather_over_tensor(logits, axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -28,6 +28,13 @@ def memory_bytes() -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def devices_that_share_memory(num_devices: int) -> int:
+    """How many of so many devices share what `memory_bytes` says: those of a CPU all do."""
+    if platform() != "cpu":
+        return 1
+    return max(1, min(num_devices, jax.local_device_count()))
+
+
 def peak_memory_bytes() -> int:
     """The most memory used so far: the device's where it is counted, else the process's."""
     stats = jax.local_devices()[0].memory_stats()
@@ -36,17 +43,20 @@ def peak_memory_bytes() -> int:
     return peak_memory()
 
 
-def check_fits(needs: Mapping[str, int], memory_fraction: float) -> None:
+def check_fits(needs: Mapping[str, int], memory_fraction: float, num_devices: int = 1) -> None:
     """Refuse what does not fit before anything is allocated.
 
     Args:
-        needs: bytes by purpose.
+        needs: bytes of a device by purpose.
         memory_fraction: the share of the device's memory that may be used.
+        num_devices: that are used.
 
     Raises:
         UserError: with the table and the flags that help (exit code 3).
     """
     memory = memory_bytes()
+    if memory is not None:
+        memory //= devices_that_share_memory(num_devices)
     total = sum(needs.values())
     if memory is None or total <= memory * memory_fraction:
         return
@@ -54,10 +64,10 @@ def check_fits(needs: Mapping[str, int], memory_fraction: float) -> None:
         f"  {what.replace('_', ' '):<16}{size / GIB:10.2f} GiB" for what, size in needs.items()
     )
     raise UserError(
-        f"the model does not fit: {total / GIB:.2f} GiB needed, "
+        f"the model does not fit{' a device' * (num_devices > 1)}: {total / GIB:.2f} GiB needed, "
         f"{memory * memory_fraction / GIB:.2f} GiB allowed "
         f"({memory_fraction:g} of {memory / GIB:.2f} GiB)\n{table}",
-        "Smaller: max_num_seqs, max_model_len, dtype bfloat16. Larger: memory_fraction.",
+        "Smaller: max_num_seqs, max_model_len, dtype bfloat16. Larger: memory_fraction, mesh.",
         EXIT_DOES_NOT_FIT,
-        options=("max_num_seqs", "max_model_len", "dtype", "memory_fraction"),
+        options=("max_num_seqs", "max_model_len", "dtype", "memory_fraction", "mesh"),
     )

@@ -12,18 +12,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from bailing_jax.config import ModelConfig
+from bailing_jax.errors import UserError
 from bailing_jax.mesh import MeshShape, tensor_axes
 from bailing_jax.params import Param
 
 # The axes of jax's mesh, the slowest first.
 DATA, EXPERT, TENSOR_EXPERTS, TENSOR_WIDTH = "data", "expert", "tensor_experts", "tensor_width"
-AXES = (DATA, EXPERT, TENSOR_EXPERTS, TENSOR_WIDTH)
+AXES: tuple[str, ...] = (DATA, EXPERT, TENSOR_EXPERTS, TENSOR_WIDTH)
 ROWS = (DATA, EXPERT)
 TENSOR = (TENSOR_EXPERTS, TENSOR_WIDTH)
+
+# (start, stop) of a part of a parameter along each dimension.
+Box: TypeAlias = tuple[tuple[int, int], ...]
 
 # Logical axes that nobody divides.
 _WHOLE = ("embed", "head_dim", "q_rank", "kv_rank", "latent", "router_experts")
@@ -85,13 +90,18 @@ def splits(config: ModelConfig, param: Param, mesh: MeshShape) -> tuple[Split, .
     """How each dimension of a parameter is divided.
 
     Raises:
-        ValueError: a logical axis that the table does not know, on more than one device.
+        UserError: a layer from outside has a logical axis that the table does not know.
     """
     sizes = axis_sizes(config, mesh)
     found = []
     for size, axis in zip(param.shape, param.axes, strict=True):
-        if axis not in _BY and mesh.num_devices > 1:
-            raise ValueError(f"{param.path}: nothing says how to divide its axis {axis!r}")
+        if axis not in _BY and mesh.tensor > 1:
+            raise UserError(
+                f"mesh: {param.path} has an axis {axis!r} that nothing divides, "
+                f"so tensor={mesh.tensor} is not possible",
+                f"Use tensor=1, or one of the axes {', '.join(_BY)} in the layer's parameters.",
+                options=("mesh",),
+            )
         by = _BY.get(axis, ())
         count = math.prod(sizes[name] for name in by)
         parts, copies = _fused(config, axis, size, count)
@@ -113,6 +123,24 @@ def _fused(
     return (size,), (1,)
 
 
+def local_config(config: ModelConfig, tensor: int) -> ModelConfig:
+    """The model as one device's layers see it: its share of the heads and of the norm's groups.
+
+    Other sizes are those of its arrays, or whole: every device routes among all experts.
+    """
+    lightning, gqa, mla = config.lightning, config.gqa, config.mla
+    if lightning is not None:
+        groups = max(1, lightning.num_norm_groups // tensor)
+        heads = lightning.num_heads // tensor
+        lightning = replace(lightning, num_heads=heads, num_norm_groups=groups)
+    if gqa is not None:
+        kv_heads = max(1, gqa.num_kv_heads // tensor)
+        gqa = replace(gqa, num_heads=gqa.num_heads // tensor, num_kv_heads=kv_heads)
+    if mla is not None:
+        mla = replace(mla, num_heads=mla.num_heads // tensor)
+    return replace(config, lightning=lightning, gqa=gqa, mla=mla)
+
+
 def local_shape(config: ModelConfig, param: Param, mesh: MeshShape) -> tuple[int, ...]:
     """What one device holds of a parameter."""
     return tuple(split.local_size for split in splits(config, param, mesh))
@@ -125,7 +153,7 @@ def global_shape(config: ModelConfig, param: Param, mesh: MeshShape) -> tuple[in
 
 def regions(
     config: ModelConfig, param: Param, mesh: MeshShape, position: Mapping[str, int]
-) -> tuple[tuple[tuple[int, int], ...], ...]:
+) -> tuple[Box, ...]:
     """The boxes of a parameter that make up one device's array.
 
     Args:
@@ -139,10 +167,17 @@ def regions(
         that has several parts, in this order.
     """
     sizes = axis_sizes(config, mesh)
-    ranges = []
-    for split in splits(config, param, mesh):
+    found, indices = splits(config, param, mesh), []
+    for split in found:
         index = 0
         for name in split.axes:
             index = index * sizes[name] + position[name]
-        ranges.append(split.ranges(index))
-    return tuple(itertools.product(*ranges))
+        indices.append(index)
+    return boxes(found, indices)
+
+
+def boxes(found: Sequence[Split], indices: Sequence[int]) -> tuple[Box, ...]:
+    """The same for a device that is `indices[i]`-th along the axes that divide dimension i."""
+    return tuple(
+        itertools.product(*(s.ranges(i) for s, i in zip(found, indices, strict=True)))
+    )

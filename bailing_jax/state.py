@@ -9,6 +9,7 @@ slot or page is the engine's business and is not in here.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -20,6 +21,8 @@ from bailing_jax.errors import UserError
 from bailing_jax.layer_plan import layer_plan
 
 PAGE_SIZE = 64
+# The axis of a leaf along which the devices of a shard divide it by heads; None: all hold it whole.
+TENSOR_AXES: Mapping[str, int | None] = {"lightning": 1, "gqa": 3, "mla": None}
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +85,29 @@ def built_in_leaf(kind: str, config: ModelConfig, spec: StateSpec) -> jax.ShapeD
     else:
         raise ValueError(f"{config.architecture} has no {kind} attention")
     return jax.ShapeDtypeStruct(shape, jnp.dtype(spec.page_dtype))
+
+
+def tensor_axes(config: ModelConfig, tensor: int) -> tuple[int | None, ...]:
+    """The axis by which `tensor` devices divide each leaf.
+
+    Raises:
+        UserError: a layer from outside does not say how its state is divided.
+    """
+
+    def axis(kind: str) -> int | None:
+        replaced = plugins.layer(kind)
+        if replaced is None or tensor == 1:
+            return TENSOR_AXES[kind]
+        if not hasattr(replaced, "tensor_axis"):
+            raise UserError(
+                f"mesh: {replaced.__module__}.{replaced.__qualname__} does not run on "
+                f"tensor={tensor} devices: it has no tensor_axis",
+                "Use tensor=1; or see docs/plugins.md for what such a layer has to do.",
+                options=("mesh",),
+            )
+        return replaced.tensor_axis
+
+    return tuple(axis(layer.attention) for layer in layer_plan(config))
 
 
 def allocate(config: ModelConfig, spec: StateSpec) -> DecodeState:

@@ -12,7 +12,6 @@ line, so that they can be used as they are mapped. `open_native` checks everythi
 from __future__ import annotations
 
 import hashlib
-import mmap
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.params import Param, describe
 from convert.mapping import SLAB_BYTES
 from convert.plan import READABLE
-from convert.safetensors_file import SafetensorsFile, TensorInfo
+from convert.safetensors_file import TensorInfo
 from convert.source import CONFIG_NAME, CheckpointSource, read_headers, read_json, read_small
 from convert.strict_json import malformed, show
 from convert.values import check_values
@@ -91,7 +90,6 @@ class NativeFolder:
             tensor = NativeTensor(files.tensors[name], entry["sha256"], entry["sources"])
             kind = self.extra if entry["file"] == EXTRA_FILE else self.params
             kind[name] = tensor
-        self._maps: dict[str, np.ndarray] = {}
 
     def model_config(self, overrides: Mapping[str, object] | None = None) -> ModelConfig:
         """The model; `overrides` as in `ModelConfig.from_hf`."""
@@ -99,18 +97,8 @@ class NativeFolder:
         return ModelConfig.from_hf(self.config, overrides, where=where)
 
     def map(self, name: str) -> np.ndarray:
-        """A tensor as it lies in its file, read only, mapped when it is touched.
-
-        A mapping outlives `close`. Nobody may cut the file short while it is in use: the system
-        answers a read beyond the end of a mapped file by killing the process.
-        """
-        info = self.files.tensors[name]
-        if info.file.name not in self._maps:
-            with SafetensorsFile(self.files.headers[info.file.name]), open(info.file, "rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._maps[info.file.name] = np.frombuffer(mapped, np.uint8)
-        data = self._maps[info.file.name][info.start : info.end]
-        return data.view(info.dtype).reshape(info.shape)
+        """A tensor as it lies in its file, see `CheckpointSource.map`."""
+        return self.files.map(name)
 
     def small_files(self) -> dict[str, bytes]:
         """The files that hold no weights, by name, as the conversion left them.
@@ -163,7 +151,6 @@ class NativeFolder:
     def close(self) -> None:
         """Close the files; arrays from `map` stay valid."""
         self.files.close()
-        self._maps.clear()
 
     def __enter__(self) -> NativeFolder:
         """Return the folder itself."""

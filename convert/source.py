@@ -9,6 +9,7 @@ does.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -58,6 +59,7 @@ class CheckpointSource:
             name: info for header in headers.values() for name, info in header.tensors.items()
         }
         self._files: dict[str, SafetensorsFile] = {}
+        self._maps: dict[str, np.ndarray] = {}
         self._lock = threading.Lock()
         self._closed = False
 
@@ -88,6 +90,20 @@ class CheckpointSource:
         """
         self._file_of(name).read_part(name, start, out)
 
+    def map(self, name: str) -> np.ndarray:
+        """A tensor as it lies in its file, read only, mapped when it is touched.
+
+        A mapping outlives `close`. Nobody may cut the file short while it is in use: the system
+        answers a read beyond the end of a mapped file by killing the process.
+        """
+        info = self.tensors[name]
+        if info.file.name not in self._maps:
+            with SafetensorsFile(self.headers[info.file.name]), open(info.file, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._maps[info.file.name] = np.frombuffer(mapped, np.uint8)
+        data = self._maps[info.file.name][info.start : info.end]
+        return data.view(info.dtype).reshape(info.shape)
+
     def expect(self, name: str) -> None:
         """Tell the system that a tensor will soon be read."""
         self._file_of(name).expect(name)
@@ -112,12 +128,13 @@ class CheckpointSource:
         return array
 
     def close(self) -> None:
-        """Close every shard; reading afterwards is an error. Safe to call twice."""
+        """Close every shard; arrays from `map` stay valid, reading is an error. May be repeated."""
         with self._lock:
             self._closed = True
             for file in self._files.values():
                 file.close()
             self._files.clear()
+            self._maps.clear()
 
     def __enter__(self) -> CheckpointSource:
         """Return the source itself."""

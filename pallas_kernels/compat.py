@@ -152,6 +152,16 @@ def store_from_registers(ref: Any, value: jax.Array) -> None:
         ref[...] = value
 
 
+def shard_map(run: Any, mesh: Any, in_specs: Any, out_specs: Any) -> Any:
+    """One program a device on its own parts of the arrays; who holds copies is not checked.
+
+    The check does not know loops around kernels, nor sums in a fixed order.
+    """
+    return jax.shard_map(
+        run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
 def target_platform() -> str:
     """The platform a program traced here is for: that of the mesh in use, else the default one.
 

@@ -90,7 +90,7 @@ class Traffic:
 
     def turn(self) -> None:
         """Submit some, cancel those whose moment has come, run a step, forget the finished."""
-        while len(self._live) < 2 * self.llm.limits.max_num_seqs and self._rng.random() < 0.95:
+        while len(self._live) < 2 * self.llm.limits.total_num_seqs and self._rng.random() < 0.95:
             self._submit()
         self._leave()
         if any(self.llm.is_unfinished(live.request) for live in self._live):

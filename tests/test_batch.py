@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bailing_jax.batch import BatchLayout, pack
+from bailing_jax.batch import BatchLayout, pack, stack
 from bailing_jax.row import Row
 
 SIZES: dict[str, int] = {
@@ -63,6 +63,23 @@ def test_r010_decode_rows_come_first_and_padding_is_null() -> None:
         want = bool if field.name == "is_fresh" else np.int32
         assert getattr(layout, field.name).dtype == want, field.name
     assert (layout.num_decode, layout.num_prefill) == (4, 9)
+
+
+def test_layouts_of_several_shards_stack_array_by_array() -> None:
+    layouts = [lay(DECODES, SEGMENTS), lay(), lay(DECODES[:1])]
+    stacked = stack(layouts)
+    assert (stacked.num_decode, stacked.num_prefill) == (4, 9)
+    for field in dataclasses.fields(stacked):
+        array = getattr(stacked, field.name)
+        assert isinstance(array, np.ndarray)
+        for shard, layout in enumerate(layouts):
+            np.testing.assert_array_equal(array[shard], getattr(layout, field.name))
+            assert array.dtype == getattr(layout, field.name).dtype
+
+
+def test_layouts_of_different_sizes_do_not_stack() -> None:
+    with pytest.raises(ValueError, match="shape"):
+        stack([lay(), lay(num_prefill=10)])
 
 
 def test_regions_carry_their_own_slots_and_pages() -> None:

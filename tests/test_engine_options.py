@@ -32,15 +32,8 @@ REFUSED: list[tuple[str, object, str]] = [
         for value in (0, 0.0, -0.5, 1.01, math.nan, math.inf, "0.5", True, None, [0.5])
     ),
     *(
-        ("mesh", value, "one device")
-        for value in (
-            {"data": 2},
-            {"expert": 1, "tensor": 4},
-            "tensor=2",
-            "data=1,tensor=8",
-            2,
-            ["a"],
-        )
+        ("mesh", value, "data=D,expert=E,tensor=T")
+        for value in ({"data": 0}, {"pipe": 1}, "tensor=2.0", "data=1,data=8", 2, ["a"])
     ),
     ("batch_invariant", 1, "True, False"),
     ("batch_invariant", "false", "True, False"),
@@ -73,6 +66,8 @@ def test_each_option_is_refused_with_what_is_allowed(
         ("mesh", {}),
         ("mesh", {"data": 1, "expert": 1, "tensor": 1}),
         ("mesh", "data=1,expert=1,tensor=1"),
+        ("mesh", {"expert": 2, "tensor": 4}),
+        ("mesh", "tensor=8"),
         ("kernels", "reference"),
         ("kernels", "xla"),
         ("max_model_len", None),
@@ -80,7 +75,7 @@ def test_each_option_is_refused_with_what_is_allowed(
         ("batch_invariant", False),
     ],
 )
-def test_what_one_device_can_do_is_taken(name: str, value: object) -> None:
+def test_what_can_be_done_is_taken(name: str, value: object) -> None:
     assert getattr(EngineOptions(**{name: value}), name) == value  # type: ignore[arg-type]
 
 

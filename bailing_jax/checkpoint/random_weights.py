@@ -15,13 +15,22 @@ from bailing_jax.config import ModelConfig
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.model import BailingForCausalLM, build, param_dtype
 from bailing_jax.params import Param
+from bailing_jax.placement import Placement
 
 
-def random_model(config: ModelConfig, options: RuntimeOptions, seed: int) -> BailingForCausalLM:
-    """A model of normal weights (standard deviation fan_in ** -0.5), unit norms, zero biases."""
+def random_model(
+    config: ModelConfig, options: RuntimeOptions, seed: int, placement: Placement | None = None
+) -> BailingForCausalLM:
+    """A model of normal weights (standard deviation fan_in ** -0.5), unit norms, zero biases.
+
+    They are the same on every mesh, for which each process draws a whole parameter at a time.
+    """
 
     def make(param: Param) -> jax.Array:
-        return jax.device_put(draw(param, seed).astype(param_dtype(param, options)))
+        array = draw(param, seed).astype(param_dtype(param, options))
+        if placement is None:
+            return jax.device_put(array)
+        return placement.make(param, lambda box: array[tuple(slice(*part) for part in box)])
 
     return build(config, options, make)
 

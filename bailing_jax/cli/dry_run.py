@@ -98,6 +98,8 @@ def plan(
     prompt_tokens: int | None = None,
 ) -> DryRun:
     """Work out what a run would need; arguments and errors as `run`."""
+    import jax
+
     from bailing_jax import plugins, runtime
     from bailing_jax.engine_options import EngineOptions
     from bailing_jax.memory import plan_memory
@@ -107,6 +109,7 @@ def plan(
     chosen = EngineOptions(**options)
     config, weights_seen = _read(model, hf_overrides)
     platform = runtime.platform()
+    chosen = chosen.resolved(config, jax.device_count())
     runtime_options = chosen.runtime(config, platform)
     needed = plan_memory(config, runtime_options, chosen)
     limits, params = needed.limits, describe(config)

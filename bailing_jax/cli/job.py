@@ -223,7 +223,7 @@ class _Run:
 
     def _supply(self) -> bool:
         """Submit so many that no slot waits for one; returns whether there is work."""
-        room = 2 * self._llm.limits.max_num_seqs
+        room = 2 * self._llm.limits.total_num_seqs
         room -= sum(request.params.n for _, request in self._active)
         while room > 0 and self._submitted < len(self._left):
             number = self._left[self._submitted]

@@ -182,6 +182,24 @@ class Debug:
         )
 
 
+def apart(state: Any, num_shards: int) -> list[Any]:
+    """The state of each shard, which lie side by side along the first axis; copies on the host."""
+    if num_shards == 1:
+        return [state]
+    leaves = [np.asarray(leaf) for leaf in state.layers]
+    split = [leaf.reshape(num_shards, -1, *leaf.shape[1:]) for leaf in leaves]
+    return [type(state)(tuple(leaf[i] for leaf in split)) for i in range(num_shards)]
+
+
+def together(states: Sequence[Any], like: Any) -> Any:
+    """The states of all shards side by side, each leaf on the devices of that in `like`."""
+    if len(states) == 1:
+        return states[0]
+    joined = (np.concatenate(leaves) for leaves in zip(*(s.layers for s in states), strict=True))
+    placed = zip(joined, like.layers, strict=True)
+    return type(like)(tuple(_device_array(leaf, old) for leaf, old in placed))
+
+
 def _is_new(number: int, now: dict[int, int], before: dict[int, int] | None) -> bool:
     """Whether a slot or page was freed or handed out since; everything is at the start."""
     return before is None or before.get(number) != now.get(number)
@@ -197,7 +215,7 @@ def _rows_that_differ(was: np.ndarray, now: np.ndarray) -> np.ndarray:
     return np.flatnonzero((_bits(was).reshape(count, -1) != _bits(now).reshape(count, -1)).any(1))
 
 
-def _device_array(x: np.ndarray) -> Any:
-    import jax.numpy as jnp
+def _device_array(x: np.ndarray, like: Any = None) -> Any:
+    import jax
 
-    return jnp.asarray(x)
+    return jax.device_put(x, getattr(like, "sharding", None))

@@ -1,47 +1,37 @@
 """The engine: requests in, tokens out, many sequences in one step.
 
-It owns the state and the ledgers, asks the scheduler for a plan, lays the step out, runs the
-program and hands the tokens to the requests. What a request does with a token (text, stop rules)
-is its own business: it says after each token whether it is done. What a request's listener raises
-ends that request alone, and so do logits of its own that are not finite; what the step itself
-raises ends them all.
+It owns the state and the books of its shards (one, or those of a mesh, see `shards`), asks them for
+a plan, lays the step out, runs the program and hands the tokens to the requests. What a request
+does with a token (text, stop rules) is its own business: it says after each token whether it is
+done. What a request's listener raises ends that request alone, and so do logits of its own that are
+not finite; what the step itself raises ends them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from bailing_jax.batch import BatchLayout, pack
 from bailing_jax.config import ModelConfig
-from bailing_jax.engine import debug, sampler, sizes
+from bailing_jax.engine import calls, debug, sampler, sizes
+from bailing_jax.engine.calls import Call
 from bailing_jax.engine.limits import DECODE_STEPS, EngineLimits
-from bailing_jax.engine.pages import PageLedger
-from bailing_jax.engine.programs import (
-    NOTHING,
-    STOP_IDS,
-    Ends,
-    Programs,
-    StepResult,
-    go_on,
-    no_ends,
-)
-from bailing_jax.engine.sampler import Knobs
-from bailing_jax.engine.scheduler import Scheduler, Sequence, StepPlan
+from bailing_jax.engine.programs import NOTHING, STOP_IDS, Programs, go_on
+from bailing_jax.engine.scheduler import Scheduler, Sequence
+from bailing_jax.engine.shards import CallPlan, Shards, call_of_nobody
 from bailing_jax.engine.sizes import ProgramSize
-from bailing_jax.engine.slots import SlotLedger
 from bailing_jax.engine.warming import compile_all
-from bailing_jax.errors import NotFiniteError
-from bailing_jax.row import Row
+from bailing_jax.errors import NotFiniteError, UserError
 from bailing_jax.sampling_params import SamplingParams
 from bailing_jax.state import DecodeState, StateSpec, allocate
 
 # Called with a token and its log probabilities; returns whether the request is done.
 OnToken = Callable[[int, dict[int, float] | None], bool]
 OnError = Callable[[Exception], None]
+NewState = Callable[[StateSpec], DecodeState]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,18 +50,9 @@ class _Request:
             self.params, sequence.tokens, self.seed, num_prompt=sequence.num_prompt
         )
 
-
-class _Call(NamedTuple):
-    """A program on its way: the part of the plan it computes, how it was laid out, what it gives.
-
-    `tokens`, `logits` and the new state of `result` may not be there yet.
-    """
-
-    plan: StepPlan
-    layout: BatchLayout
-    knobs: Knobs
-    ends: Ends | None
-    result: StepResult
+    def end(self) -> tuple[int, tuple[int, ...]]:
+        """Tokens that may still come, and the ids that end it."""
+        return self.sequence.max_length - len(self.sequence.tokens), self.stop_ids
 
 
 class Engine:
@@ -82,12 +63,34 @@ class Engine:
     """
 
     def __init__(
-        self, programs: Programs, config: ModelConfig, limits: EngineLimits, spec: StateSpec
+        self,
+        programs: Programs,
+        config: ModelConfig,
+        limits: EngineLimits,
+        spec: StateSpec,
+        new_state: NewState | None = None,
     ) -> None:
+        """Allocate the state.
+
+        Args:
+            programs: for `limits.num_shards` shards.
+            config: the model's.
+            limits: of each shard.
+            spec: the state of each shard.
+            new_state: makes the zero state of such a spec, the shards side by side along the first
+                axis of each leaf; None: on one device.
+        """
+        if debug.is_on() and jax.process_count() > 1:
+            raise UserError(
+                f"{debug.VARIABLE}: debug mode reads the whole state, which lies in "
+                f"{jax.process_count()} processes here",
+                f"Unset {debug.VARIABLE}, or use one process.",
+            )
         self._programs = programs
         self._config = config
         self._limits = limits
         self._spec = spec
+        self._new_state = new_state
         self._count = 0
         self.on_compile: Callable[[str], None] = _ignore
         self._start_afresh()
@@ -95,24 +98,33 @@ class Engine:
     def _start_afresh(self) -> None:
         """No requests, free ledgers and a new state."""
         self._requests: dict[int, _Request] = {}
-        self._scheduler = Scheduler(
-            slots=SlotLedger(self._limits.max_num_seqs),
-            pages=PageLedger(self._spec.num_pages - 1, self._limits.page_size),
-            prefill_chunk=self._limits.prefill_chunk,
-            max_segments=sizes.max_segments(self._limits),
-            exact=self._limits.exact,
-            prefill_rows=sizes.prefill_rows(self._limits),
+        self._shards = Shards(
+            self._limits,
+            self._spec.num_pages - 1,
+            lambda: debug.start(self._config, self._limits.page_size),
         )
         self._state = DecodeState(())  # gives the old one's memory back first
-        self._state = allocate(self._config, self._spec)
-        self._debug = debug.start(self._config, self._limits.page_size)
+        if self._new_state is None:
+            self._state = allocate(self._config, self._spec)
+        else:
+            self._state = self._new_state(self._spec)
         # A call that was started before the tokens of the one before it were seen.
-        self._ahead: _Call | None = None
+        self._ahead: Call | None = None
+
+    @property
+    def _scheduler(self) -> Scheduler:
+        """The first shard's, the only one on one device."""
+        return self._shards.all[0].scheduler
+
+    @property
+    def _debug(self) -> debug.Debug:
+        """The first shard's, the only one on one device."""
+        return self._shards.all[0].debug
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return self._scheduler.has_work
+        return self._shards.has_work
 
     def is_unfinished(self, number: int) -> bool:
         """Whether the request of this number has tokens to come."""
@@ -157,7 +169,7 @@ class Engine:
             sequence, params, seed, known, on_token, on_error or _ignore
         )
         try:
-            self._scheduler.submit(sequence)
+            self._shards.submit(sequence)
         except BaseException:
             self.cancel(number)
             raise
@@ -167,7 +179,7 @@ class Engine:
         """End a request at once; unknown or finished ones are ignored."""
         request = self._requests.pop(number, None)
         if request is not None:
-            self._scheduler.remove(request.sequence)
+            self._shards.remove(request.sequence)
 
     def warm_up(self, num_prompt: int, params: SamplingParams) -> None:
         """Compile what one request of resolved params and this prompt length runs.
@@ -197,10 +209,11 @@ class Engine:
         )
 
     def _compile(self, size: ProgramSize, *, refines: bool) -> None:
-        layout = self._pack([], [], size)
+        plan = call_of_nobody(size, self._limits.num_shards)
+        layout = calls.joined(calls.layouts(plan, self._limits))
         self._programs.compile_step(self._state, layout)
         if refines:
-            self._programs.compile_refine(layout.logit_rows.shape[0], self._config.vocab_size)
+            self._programs.compile_refine(plan.rows_a_shard, self._config.vocab_size)
 
     def step(
         self,
@@ -222,18 +235,18 @@ class Engine:
                 self._settle()
             # Nothing is handed out while a call is on its way: what a request held that ended
             # meanwhile can be taken only by a plan made after the last call that names it.
-            calls, self._ahead = [self._ahead] if self._ahead is not None else [], None
-            if not calls:
-                plan = self._scheduler.plan(
+            begun, self._ahead = [self._ahead] if self._ahead is not None else [], None
+            if not begun:
+                plans = self._shards.plan(
                     budget=budget, cuts=cuts, preempt=preempt, max_steps=max_steps
                 )
                 # All calls are on their way before the first result is waited for.
-                calls = [self._call(part) for part in self._parts(plan)]
-            if ahead and len(calls) == 1:
-                self._ahead = self._call_on(calls[0], max_steps)
-            for call in calls:
+                begun = [self._call(plan) for plan in plans]
+            if ahead and len(begun) == 1:
+                self._ahead = self._call_on(begun[0], max_steps)
+            for call in begun:
                 self._finish(call)
-            if not self._scheduler.running:
+            if not self._shards.is_running:
                 self._settle()
         except BaseException:
             # The state may be given away and a plan half done (Ctrl-C comes anywhere): nothing
@@ -247,43 +260,25 @@ class Engine:
         if call is not None:
             self._finish(call)
 
-    def _parts(self, plan: StepPlan) -> list[StepPlan]:
-        """What runs as one call: in exact mode decode and prefill each, else all together."""
-        parts = [plan]
-        if self._limits.exact:
-            parts = [StepPlan(plan.decodes, (), plan.num_steps), StepPlan((), plan.segments)]
-        return [part for part in parts if part.decodes or part.segments]
-
-    def _call(self, plan: StepPlan) -> _Call:
+    def _call(self, plan: CallPlan) -> Call:
         """Start a program; its results come later."""
-        if plan.segments:
-            size = sizes.prefill_size(self._limits, plan.num_prefill_tokens)
-        else:
-            size = sizes.decode_size(self._limits, len(plan.decodes))
-        layout = self._pack(plan.decode_rows(), plan.segment_rows(), size)
+        size = plan.size
+        layouts = calls.layouts(plan, self._limits)
+        layout = calls.joined(layouts)
         if not self._programs.has_step(layout):
             self.on_compile(size.in_words())
-        sequences = _rows(plan, size.decode_rows)
-        requests = [self._requests[sequence.number] for sequence in sequences.values()]
-        knobs = sampler.knobs(
-            size.decode_rows + size.segments,
-            list(sequences),
-            [(request.params, request.seed) for request in requests],
-        )
+        requests = {row: self._requests[s.number] for row, s in plan.rows().items()}
+        knobs = calls.knobs(plan, {row: (r.params, r.seed) for row, r in requests.items()})
         ends = None
-        if not plan.segments:
-            ends = no_ends(size.decode_rows)
-            for row, request in enumerate(requests):
-                sequence, stop_ids = request.sequence, request.stop_ids
-                ends.room[row] = sequence.max_length - len(sequence.tokens)
-                ends.stop_ids[row, : len(stop_ids)] = stop_ids
-        self._state = self._debug.before(plan, layout, self._state, self._scheduler)
+        if not size.prefill_rows:
+            ends = calls.ends(plan, {row: r.end() for row, r in requests.items()})
+        self._state = self._shards.before(plan, layouts, self._state)
         result = self._programs.step(self._state, layout, knobs, ends, plan.num_steps)
         self._state = result.state
-        self._debug.after(self._state, result.logits)
-        return _Call(plan, layout, knobs, ends, result)
+        self._shards.after(self._state, result.logits)
+        return Call(plan, layout, knobs, ends, result)
 
-    def _call_on(self, call: _Call, max_steps: int) -> _Call | None:
+    def _call_on(self, call: Call, max_steps: int) -> Call | None:
         """Start the call behind one whose tokens only the device knows; None where none may be.
 
         A row that has ended there names NULL in this call too. One that ends for a reason only the
@@ -292,53 +287,65 @@ class Engine:
         # Debug mode compares every call with what the host knows.
         if self._debug.on or call.ends is None or call.result.behind is None:
             return None
-        plan = self._scheduler.plan_on(call.plan, max_steps)
+        plan = self._shards.plan_on(call.plan, max_steps)
         if plan is None:
             return None
-        layout = self._pack(plan.decode_rows(), [], ProgramSize(call.layout.num_decode, 0, 0))
+        layout = calls.joined(calls.layouts(plan, self._limits))
         layout, ends = go_on(layout, call.ends, call.result.behind)
         result = self._programs.step(self._state, layout, call.knobs, ends, plan.num_steps)
         self._state = result.state
-        return _Call(plan, layout, call.knobs, ends, result)
+        return Call(plan, layout, call.knobs, ends, result)
 
-    def _finish(self, call: _Call) -> None:
+    def _finish(self, call: Call) -> None:
         """Wait for a call, fold what it computed into the books and deliver its tokens."""
-        plan, layout, knobs, _, result = call
-        tokens = np.array(result.tokens)
-        came = (tokens != NOTHING).sum(axis=0).tolist()
-        self._scheduler.commit(plan, {s.number: came[row] for row, s in enumerate(plan.decodes)})
+        plan, tokens = call.plan, call.tokens()
+        self._shards.commit(plan, (tokens != NOTHING).sum(axis=0).tolist())
         # A sequence that is computed again knows its next token already.
         several = plan.num_steps > 1
         wanting = {
             row: self._requests[sequence.number]
-            for row, sequence in _rows(plan, layout.num_decode).items()
+            for row, sequence in plan.rows().items()
             if sequence.number in self._requests
             and (several or sequence.num_computed == len(sequence.tokens))
         }
-        entries: list[dict[int, float] | None] = [None] * len(wanting)
-        if any(sampler.needs_host(request.params) for request in wanting.values()):
-            rows = layout.logit_rows.shape[0]
-            if not self._programs.has_refine(rows):
-                self.on_compile(f"penalties and log probabilities of {rows} rows")
-            choices = [request.choice() for request in wanting.values()]
-            refined = self._programs.refine(
-                result.logits,
-                tokens[0],
-                sampler.edits(result.logits.shape, list(wanting), choices),
-                knobs,
-                layout.positions[layout.logit_rows] + 1,
-            )
-            tokens = np.asarray(refined.tokens)[None]
-            counts = [request.params.logprobs for request in wanting.values()]
-            entries = sampler.logprobs(refined, list(wanting), counts)
+        entries = self._refine(call, wanting, tokens)
         for step in tokens[: plan.num_steps].tolist():
-            for (row, request), entry in zip(wanting.items(), entries, strict=True):
+            for row, request in wanting.items():
                 # A listener may have ended anybody meanwhile.
                 alive = self._requests.get(request.sequence.number) is request
                 if alive and step[row] == sampler.NOT_FINITE:
                     self._fail(request, _not_finite(request.sequence))
                 elif alive and step[row] != NOTHING:
-                    self._deliver(request, step[row], entry)
+                    self._deliver(request, step[row], entries.get(row))
+
+    def _refine(
+        self, call: Call, wanting: Mapping[int, _Request], tokens: np.ndarray
+    ) -> dict[int, dict[int, float] | None]:
+        """Log probabilities by row, and the edited rows' tokens, put into `tokens`.
+
+        Each shard that needs it by itself: the host's part is an array as large as the logits.
+        """
+        entries: dict[int, dict[int, float] | None] = {}
+        count = call.plan.rows_a_shard
+        needing = [r for r, request in wanting.items() if sampler.needs_host(request.params)]
+        for shard in sorted({row // count for row in needing}):
+            first = shard * count
+            mine = {r - first: wanting[r] for r in wanting if r // count == shard}
+            if not self._programs.has_refine(count):
+                self.on_compile(f"penalties and log probabilities of {count} rows")
+            rows, choices = call.of_shard(shard), [request.choice() for request in mine.values()]
+            refined = self._programs.refine(
+                rows.logits,
+                tokens[0, first : first + count],
+                sampler.edits(rows.logits.shape, list(mine), choices),
+                rows.knobs,
+                rows.positions,
+            )
+            tokens[0, first : first + count] = refined.tokens
+            counts = [request.params.logprobs for request in mine.values()]
+            found = sampler.logprobs(refined, list(mine), counts)
+            entries |= {first + row: entry for row, entry in zip(mine, found, strict=True)}
+        return entries
 
     def _deliver(self, request: _Request, token: int, entry: dict[int, float] | None) -> None:
         sequence = request.sequence
@@ -356,25 +363,6 @@ class Engine:
         self.cancel(request.sequence.number)
         request.on_error(error)
 
-    def _pack(
-        self, decodes: list[Row], segments: list[Row], size: ProgramSize
-    ) -> BatchLayout:
-        return pack(
-            decodes,
-            segments,
-            num_decode=size.decode_rows,
-            num_prefill=size.prefill_rows,
-            num_segments=size.segments,
-            page_size=self._limits.page_size,
-            pages_a_sequence=self._limits.pages_a_sequence,
-        )
-
-
-def _rows(plan: StepPlan, num_decode: int) -> dict[int, Sequence]:
-    """The sequences of a plan by their row among the D + P of the layout."""
-    rows = dict(enumerate(plan.decodes))
-    return rows | {num_decode + i: sequence for i, (sequence, _) in enumerate(plan.segments)}
-
 
 def _not_finite(sequence: Sequence) -> NotFiniteError:
     made = len(sequence.tokens) - sequence.num_prompt
@@ -388,8 +376,3 @@ def _not_finite(sequence: Sequence) -> NotFiniteError:
 
 def _ignore(_what: object) -> None:
     """What becomes of a report nobody asked for."""
-
-
-def fresh_seed() -> int:
-    """A seed for a request that names none."""
-    return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])

@@ -58,6 +58,13 @@ def require_exact(loaded: LoadedModel) -> None:
     """
     if not loaded.runtime.exact or runtime.platform() == "cpu":
         return
+    if loaded.placement is not None:
+        raise UserError(
+            f"batch_invariant = True: not checked on several {runtime.platform()} devices",
+            "Leave batch_invariant or mesh out.",
+            EXIT_USAGE,
+            options=("batch_invariant", "mesh"),
+        )
     problem = find_difference(loaded.model, loaded.config, loaded.limits, loaded.state_spec)
     if problem is not None:
         raise UserError(

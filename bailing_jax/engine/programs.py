@@ -3,7 +3,8 @@
 The model is split once into a flat tuple of arrays and merged inside each trace, so a call walks
 no module tree. The state is donated: a step updates it in place. A step picks its tokens itself;
 one that only decodes is a loop whose bound is an argument, so that one program runs one step or
-several, with the same bits.
+several, with the same bits. On a mesh of several shards, layouts, knobs, ends and what comes of
+them have a leading axis [shards, ...]; `spread` sees to the rest.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from bailing_jax.batch import BatchLayout
 from bailing_jax.engine import sampler
 from bailing_jax.engine.limits import DECODE_STEPS
 from bailing_jax.engine.sampler import Edits, Knobs, Refined
+from bailing_jax.engine.spread import Kind, Spread
 from bailing_jax.model import BailingForCausalLM
-from bailing_jax.state import DecodeState
+from bailing_jax.placement import Placement
+from bailing_jax.state import DecodeState, StateSpec
 
 # Stop ids the device looks at. Of a request with more, the host drops what came after its stop.
 STOP_IDS = 8
@@ -56,7 +59,7 @@ class Behind(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a step leaves.
+    """What a step leaves; of several shards with an axis [shards, ...] in front, but for the state.
 
     Attributes:
         tokens: int32 [steps, B], B = D + P the sequences of the layout: what each picked in each
@@ -74,12 +77,18 @@ class StepResult(NamedTuple):
 
 
 class Programs:
-    """Jitted functions over one model's parameters; each compiles once for a layout's sizes."""
+    """Jitted functions over one model's parameters; each compiles once for a layout's sizes.
 
-    def __init__(self, model: BailingForCausalLM) -> None:
+    Args:
+        model: its parameters lie where `placement` says.
+        placement: None on one device.
+    """
+
+    def __init__(self, model: BailingForCausalLM, placement: Placement | None = None) -> None:
         graphdef, params = nnx.split(model)
         self._leaves, treedef = jax.tree.flatten(params)
         self._leaves = tuple(self._leaves)
+        self._spread = spread = Spread(model, self._leaves, placement)
 
         def merged(leaves: tuple[jax.Array, ...]) -> BailingForCausalLM:
             return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
@@ -90,7 +99,7 @@ class Programs:
             return model.logits(layout.prefill_rows(x)), state
 
         def fold(leaves, state, layout):
-            return merged(leaves)(state, layout)[1]
+            return (merged(leaves)(state, layout)[1],)
 
         def hidden_states(leaves, state, layout):
             _, state, stream = merged(leaves)(state, layout)
@@ -104,13 +113,23 @@ class Programs:
 
         self._compiled: dict[tuple[int, ...], jax.stages.Compiled] = {}
         self._refiners: dict[int, jax.stages.Compiled] = {}
-        self._refine = jax.jit(sampler.refine)
-        self._mixed = jax.jit(_mixed(merged), donate_argnums=1)
-        self._decode = jax.jit(_decode(merged), donate_argnums=1)
-        self._all_logits = jax.jit(all_logits, donate_argnums=1)
-        self._fold = jax.jit(fold, donate_argnums=1)
-        self._hidden_states = jax.jit(hidden_states, donate_argnums=1)
-        self._token_logprobs = jax.jit(token_logprobs, donate_argnums=1)
+        self._refine = spread.replicated(sampler.refine)
+        step = (Kind.LEAVES, Kind.STATE, Kind.ROWS, Kind.ROWS)
+        picked = (Kind.GATHERED, Kind.ROWS, Kind.STATE)
+        self._mixed = spread.jit(_mixed(merged), step, picked)
+        self._decode = spread.jit(
+            _decode(merged), (*step, Kind.ROWS, Kind.SAME), (*picked, Kind.ROWS)
+        )
+        read = (Kind.LEAVES, Kind.STATE, Kind.ROWS)
+        self._fold = spread.jit(fold, read, (Kind.STATE,))
+        scores = (Kind.FIRST, Kind.STATE)
+        self._all_logits = spread.jit(all_logits, read, scores)
+        self._hidden_states = spread.jit(hidden_states, read, scores)
+        self._token_logprobs = spread.jit(token_logprobs, (*read, Kind.ROWS), scores)
+
+    def new_state(self, spec: StateSpec) -> DecodeState:
+        """A state of zeros, where the programs want it; `spec` is one shard's."""
+        return self._spread.new_state(spec)
 
     def step(
         self,
@@ -133,19 +152,21 @@ class Programs:
         """
         self.compile_step(state, layout)
         compiled = self._compiled[_size(layout)]
+        rows = self._spread.put((layout, knobs, ends))
         if layout.num_prefill:
-            return StepResult(*compiled(self._leaves, state, layout, knobs))
-        return StepResult(*compiled(self._leaves, state, layout, knobs, ends, np.int32(num_steps)))
+            return StepResult(*compiled(self._leaves, state, *rows[:2]))
+        return StepResult(*compiled(self._leaves, state, *rows, np.int32(num_steps)))
 
     def compile_step(self, state: DecodeState, layout: BatchLayout) -> None:
         """Compile the step of this layout's size without running it."""
         if self.has_step(layout):
             return
-        knobs = sampler.knobs(layout.logit_rows.shape[0], (), ())
+        knobs = self._spread.for_all(sampler.knobs(layout.logit_rows.shape[-1], (), ()))
+        ends = self._spread.for_all(no_ends(layout.num_decode))
+        layout, knobs, ends = self._spread.put((layout, knobs, ends))
         if layout.num_prefill:
             lowered = self._mixed.lower(self._leaves, state, layout, knobs)
         else:
-            ends = no_ends(layout.num_decode)
             lowered = self._decode.lower(self._leaves, state, layout, knobs, ends, np.int32(1))
         self._compiled[_size(layout)] = lowered.compile()
 
@@ -161,8 +182,9 @@ class Programs:
         knobs: Knobs,
         positions: np.ndarray | jax.Array,
     ) -> Refined:
-        """See `sampler.refine`."""
+        """See `sampler.refine`; of one shard's rows."""
         self.compile_refine(*logits.shape)
+        logits = self._spread.whole(logits)
         return Refined(*self._refiners[logits.shape[0]](logits, tokens, edits, knobs, positions))
 
     def has_refine(self, rows: int) -> bool:
@@ -185,22 +207,26 @@ class Programs:
 
     def fold(self, state: DecodeState, layout: BatchLayout) -> DecodeState:
         """Only the new state."""
-        return self._fold(self._leaves, state, layout)
+        return self._fold(self._leaves, state, self._spread.put(layout))[0]
 
     def all_logits(self, state: DecodeState, layout: BatchLayout) -> tuple[jax.Array, DecodeState]:
-        """Logits float32 [T, vocab] of every prefill row."""
-        return self._all_logits(self._leaves, state, layout)
+        """Logits float32 [T, vocab] of prefill rows; of several shards the first's, [1, ...]."""
+        return self._all_logits(self._leaves, state, self._spread.put(layout))
 
     def hidden_states(
         self, state: DecodeState, layout: BatchLayout
     ) -> tuple[jax.Array, DecodeState]:
-        """The residual stream float32 [layers + 1, T, d] of every prefill row."""
-        return self._hidden_states(self._leaves, state, layout)
+        """The residual stream float32 [layers + 1, T, d] of every prefill row; see `all_logits`."""
+        return self._hidden_states(self._leaves, state, self._spread.put(layout))
 
     def token_logprobs(
-        self, state: DecodeState, layout: BatchLayout, targets: jax.Array
+        self, state: DecodeState, layout: BatchLayout, targets: np.ndarray | jax.Array
     ) -> tuple[jax.Array, DecodeState]:
-        """Log probability float32 [T] of targets int32 [T] after every prefill row."""
+        """Log probability float32 [T] of targets int32 [T] after every prefill row.
+
+        Of several shards: targets [shards, T] and the first's result, [1, T].
+        """
+        layout, targets = self._spread.put((layout, targets))
         return self._token_logprobs(self._leaves, state, layout, targets)
 
 
@@ -248,7 +274,7 @@ def _decode(merged):
         rows = layout.num_decode
 
         def one_step(carry):
-            i, tokens, contexts, room, found, _, state = carry
+            i, _, tokens, contexts, room, found, _, state = carry
             alive = room > 0
             here = replace(
                 layout,
@@ -263,23 +289,28 @@ def _decode(merged):
             stops = (tokens[:, None] == ends.stop_ids).any(axis=1) | (tokens < 0)
             room = jnp.where(alive & ~stops, room - 1, 0)
             tokens = jnp.where(room > 0, tokens, 0)
-            return i + 1, tokens, contexts + 1, room, found, logits, state
+            return i + 1, is_busy(room), tokens, contexts + 1, room, found, logits, state
+
+        def is_busy(room):
+            # Devices share each step, so all of them go on until nobody has anything to do.
+            return model.parallel.any_shard((room > 0).any())
 
         def goes_on(carry):
-            i, room = carry[0], carry[3]
-            return (i < num_steps) & (room > 0).any()
+            i, busy = carry[:2]
+            return (i < num_steps) & busy
 
-        vocab = merged(leaves).config.vocab_size
+        model = merged(leaves)
         start = (
             jnp.int32(0),
+            is_busy(jnp.asarray(ends.room)),
             jnp.asarray(layout.tokens),
             jnp.asarray(layout.decode_contexts),
             jnp.asarray(ends.room),
             jnp.full((DECODE_STEPS, rows), NOTHING, jnp.int32),
-            jnp.zeros((rows, vocab), jnp.float32),
+            jnp.zeros((rows, model.config.vocab_size), jnp.float32),
             state,
         )
-        _, *behind, found, logits, state = jax.lax.while_loop(goes_on, one_step, start)
+        _, _, *behind, found, logits, state = jax.lax.while_loop(goes_on, one_step, start)
         return found, logits, state, Behind(*behind)
 
     return decode
@@ -287,5 +318,5 @@ def _decode(merged):
 
 def _size(layout: BatchLayout) -> tuple[int, ...]:
     """What tells one step program from another; the engine's state never changes shape."""
-    segments = layout.segment_slots.shape[0]
-    return layout.num_decode, layout.num_prefill, segments, layout.decode_pages.shape[1]
+    segments = layout.segment_slots.shape[-1]
+    return layout.num_decode, layout.num_prefill, segments, layout.decode_pages.shape[-1]

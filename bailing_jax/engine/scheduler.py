@@ -37,6 +37,7 @@ class Sequence:
         num_computed: tokens folded into its state.
         place: its place in the order of arrival.
         num_preempted: how often it had to give way.
+        shard: the shard that it runs in and comes back to; see `shards`.
     """
 
     number: int
@@ -47,6 +48,7 @@ class Sequence:
     num_computed: int = 0
     place: int = 0
     num_preempted: int = 0
+    shard: int = 0
     slot: SlotHandle | None = None
     pages: PageHandle | None = None
 
@@ -127,15 +129,23 @@ class Scheduler:
         """Queue a request.
 
         Raises:
+            ValueError: as `check`.
+        """
+        self.check(sequence)
+        self._arrivals += 1
+        sequence.place = self._arrivals
+        self.waiting.append(sequence)
+
+    def check(self, sequence: Sequence) -> None:
+        """Refuse what could never run.
+
+        Raises:
             ValueError: it could never be admitted, or brings no tokens.
         """
         if not sequence.tokens:
             raise ValueError(f"request {sequence.number} has no tokens")
         if self.pages.pages_for(sequence.max_length) > self.pages.capacity:
             raise ValueError(f"request {sequence.number}: {sequence.max_length} tokens never fit")
-        self._arrivals += 1
-        sequence.place = self._arrivals
-        self.waiting.append(sequence)
 
     def plan(
         self,
@@ -153,27 +163,77 @@ class Scheduler:
             preempt: numbers of running requests that give way now, whatever room there is.
             max_steps: decode steps that one call may run.
         """
+        ready = self.make_room(preempt)
+        segments = self._segments(self.prefill_chunk if budget is None else budget, cuts or {})
+        plan = StepPlan(tuple(ready), tuple(segments))
+        return self.take_steps(plan, self.possible_steps(plan, max_steps))
+
+    def make_room(self, preempt: Collection[int] = ()) -> list[Sequence]:
+        """Pages for whoever decodes, then slots and pages for whoever waits; who decodes."""
         for sequence in [s for s in self.running if s.number in preempt]:
             self._preempt(sequence)
         ready = [s for s in list(self.running) if self._decodes(s) and self._grow(s)]
         # Whoever an older one has driven out since is not ready any more.
         ready = [s for s in ready if s.slot is not None]
-        self._admit()
-        segments = self._segments(self.prefill_chunk if budget is None else budget, cuts or {})
-        steps = 0 if segments else self._grow_ahead(ready, max_steps)
-        return StepPlan(tuple(ready), tuple(segments), max(steps, 1))
+        while self.waiting and self._fits(self.waiting[0]):
+            self._start(self.waiting.pop(0))
+        return ready
+
+    def has_room_for(self, sequence: Sequence) -> bool:
+        """Whether a request that comes now would start at once."""
+        return not self.waiting and self._fits(sequence)
+
+    @property
+    def prefill_left(self) -> int:
+        """Prompt tokens of those who run, not folded in yet."""
+        return sum(self._prefill_left(s) for s in self.running if not self._decodes(s))
+
+    def possible_steps(
+        self, plan: StepPlan, most: int, *, begun: int = 0, others_wait: bool = False
+    ) -> int:
+        """How many decode steps one call of a plan may run; 0 where nothing but one will do.
+
+        Nobody gives way for them: pages must be free. While others wait, here or (`others_wait`)
+        elsewhere, no row may idle at its known end. `begun` steps run already, and may give a
+        token each.
+        """
+        ready = plan.decodes
+        if plan.segments or not ready or not all(self._may_run_ahead(s) for s in ready):
+            return 0
+        rooms = [s.max_length - len(s.tokens) - begun for s in ready]
+        steps = min(most, min(rooms) if self.waiting or others_wait else max(rooms))
+        while steps > 0:
+            if sum(self._missing(s, begun + steps) for s in ready) <= self.pages.num_free:
+                return steps
+            steps //= 2
+        return 0
+
+    def take_steps(self, plan: StepPlan, steps: int, *, begun: int = 0) -> StepPlan:
+        """The plan with so many steps, `possible_steps` at most, and the pages for them."""
+        for sequence in plan.decodes if steps else ():
+            if sequence.pages is not None:
+                length = min(sequence.num_computed + begun + steps, sequence.max_length)
+                sequence.pages = self.pages.grow(sequence.pages, length)
+        return StepPlan(plan.decodes, plan.segments, max(steps, 1))
+
+    def steps_on(self, plan: StepPlan, most: int) -> int:
+        """How many steps may run behind those of `plan`, which run still; 0: see its tokens first.
+
+        They are for the same sequences, all of which still hold what they held, and only while
+        nobody waits. So no slot or page named in the running step is free, and none of them can be
+        handed out here.
+        """
+        if self.waiting or plan.segments or set(plan.decodes) != set(self.running):
+            return 0
+        return self.possible_steps(plan, most, begun=plan.num_steps)
 
     def plan_on(self, plan: StepPlan, max_steps: int) -> StepPlan | None:
         """The step behind one of decodes that runs still; None where its tokens must be seen first.
 
-        It is for the same sequences, all of which still hold what they held, and only while nobody
-        waits. So no slot or page named in the running step is free, and none of them can be handed
-        out here.
+        See `steps_on`.
         """
-        if self.waiting or plan.segments or set(plan.decodes) != set(self.running):
-            return None
-        steps = self._grow_ahead(plan.decodes, max_steps, begun=plan.num_steps)
-        return StepPlan(plan.decodes, (), steps) if steps else None
+        steps = self.steps_on(plan, max_steps)
+        return self.take_steps(plan, steps, begun=plan.num_steps) if steps else None
 
     def commit(self, plan: StepPlan, counts: Mapping[int, int] | None = None) -> None:
         """Record that the step's tokens are folded in; `counts` by number where not one each."""
@@ -209,44 +269,29 @@ class Scheduler:
         sequence.pages = self.pages.grow(sequence.pages, wanted)
         return True
 
-    def _grow_ahead(self, ready: Collection[Sequence], most: int, begun: int = 0) -> int:
-        """Pages for as many decode steps as are free of charge: how many that are.
-
-        Nobody gives way for them. While others wait, no row may idle at its known end.
-        `begun` steps run already, and may give a token each.
-        """
-        if not ready or not all(self._may_run_ahead(s) for s in ready):
-            return 0
-        rooms = [s.max_length - len(s.tokens) - begun for s in ready]
-        steps = min(most, min(rooms) if self.waiting else max(rooms))
-        while steps > 0:
-            lengths = [min(s.num_computed + begun + steps, s.max_length) for s in ready]
-            held = [len(s.pages.pages) for s in ready if s.pages is not None]
-            missing = sum(
-                max(self.pages.pages_for(length) - have, 0)
-                for length, have in zip(lengths, held, strict=True)
-            )
-            if missing <= self.pages.num_free:
-                for sequence, length in zip(ready, lengths, strict=True):
-                    if sequence.pages is not None:
-                        sequence.pages = self.pages.grow(sequence.pages, length)
-                return steps
-            steps //= 2
-        return 0
+    def _missing(self, sequence: Sequence, steps: int) -> int:
+        """Pages it lacks for so many steps more."""
+        length = min(sequence.num_computed + steps, sequence.max_length)
+        held = 0 if sequence.pages is None else len(sequence.pages.pages)
+        return max(self.pages.pages_for(length) - held, 0)
 
     def _may_run_ahead(self, sequence: Sequence) -> bool:
         return sequence.several_steps and sequence.num_computed == len(sequence.tokens) - 1
 
-    def _admit(self) -> None:
-        """Start whoever waits longest, as long as there is room."""
-        while self.waiting and self.slots.num_free:
-            first = self.waiting[0]
-            length = min(len(first.tokens) + 1, first.max_length)
-            if self.pages.pages_for(length) + self._soon_needed() > self.pages.num_free:
-                return
-            first.slot = self.slots.allocate(first.number)
-            first.pages = self.pages.allocate(first.number, length)
-            bisect.insort(self.running, self.waiting.pop(0), key=_place)
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether a slot is free, and pages for what it has and for those who run to grow."""
+        if not self.slots.num_free:
+            return False
+        needed = self.pages.pages_for(self._first_length(sequence)) + self._soon_needed()
+        return needed <= self.pages.num_free
+
+    def _first_length(self, sequence: Sequence) -> int:
+        return min(len(sequence.tokens) + 1, sequence.max_length)
+
+    def _start(self, sequence: Sequence) -> None:
+        sequence.slot = self.slots.allocate(sequence.number)
+        sequence.pages = self.pages.allocate(sequence.number, self._first_length(sequence))
+        bisect.insort(self.running, sequence, key=_place)
 
     def _soon_needed(self) -> int:
         """A page for each that can grow: else who comes in now is driven out a few steps later."""
@@ -281,14 +326,17 @@ class Scheduler:
 
     def _piece(self, sequence: Sequence, budget: int, cut: int | None) -> int:
         """How many tokens of its prompt a sequence takes in now."""
+        left = self._prefill_left(sequence)
         if not self.exact:
-            left = len(sequence.tokens) - sequence.num_computed
             return min(budget, left) if cut is None else min(budget, left, cut)
-        left = sequence.num_prompt - sequence.num_computed
         count = min(left, self.prefill_chunk)
         if cut is not None and cut < count:
             return 0  # the grid has nothing between here and there
         return count if count <= budget else 0
+
+    def _prefill_left(self, sequence: Sequence) -> int:
+        tokens = sequence.num_prompt if self.exact else len(sequence.tokens)
+        return tokens - sequence.num_computed
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take its slot and pages; it waits at its place in the order of arrival."""

@@ -1,17 +1,20 @@
 """Reading whole token sequences: logits, hidden states and log probabilities at every position.
 
 The same layers and the same prefill chunks as generation, on a state of its own with one slot,
-so that scoring never touches a running request. Results leave the device chunk by chunk.
+so that scoring never touches a running request. Results leave the device chunk by chunk. Of several
+shards the first one scores, and the others run padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bailing_jax.batch import BatchLayout, pack
+from bailing_jax.batch import BatchLayout, pack, stack
 from bailing_jax.config import ModelConfig
 from bailing_jax.engine.programs import Programs
 from bailing_jax.errors import EXIT_DOES_NOT_FIT, UserError
@@ -22,8 +25,17 @@ from bailing_jax.state import DecodeState, StateSpec, allocate
 MAX_RESULT_BYTES = 4 * 2**30
 # Below this many rows another program costs more to compile than it saves.
 _SMALLEST = 64
-# The only sequence of a scorer's state.
+# The only sequence of a scorer's state; of several shards, which lie one behind the other, the
+# first one's.
 _SLOT = 1
+
+
+class _Chunk(NamedTuple):
+    """Tokens [start, stop) of the sequence in the first rows of a layout with T prefill rows."""
+
+    rows: slice
+    num_prefill: int
+    layout: BatchLayout
 
 
 class Scorer:
@@ -34,15 +46,25 @@ class Scorer:
         config: its config.
         spec: dtypes and page size of the state; sizes follow the sequence.
         chunk: prefill tokens a step.
+        num_shards: that the programs run.
+        new_state: as `Engine` takes it.
     """
 
     def __init__(
-        self, programs: Programs, config: ModelConfig, spec: StateSpec, chunk: int
+        self,
+        programs: Programs,
+        config: ModelConfig,
+        spec: StateSpec,
+        chunk: int,
+        num_shards: int = 1,
+        new_state: Callable[[StateSpec], DecodeState] | None = None,
     ) -> None:
         self._programs = programs
         self._config = config
         self._spec = spec
         self._chunk = chunk
+        self._num_shards = num_shards
+        self._new_state = new_state
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [T, vocab].
@@ -52,9 +74,9 @@ class Scorer:
         """
         out = _result((len(token_ids), self._config.vocab_size), "logits")
         state, steps = self._steps(token_ids)
-        for rows, layout in steps:
+        for rows, _, layout in steps:
             part, state = self._programs.all_logits(state, layout)
-            out[rows] = part[: rows.stop - rows.start]
+            out[rows] = self._first(part)[: rows.stop - rows.start]
         return out
 
     def hidden_states(self, token_ids: Sequence[int]) -> np.ndarray:
@@ -67,26 +89,27 @@ class Scorer:
         shape = (config.num_layers + 1, len(token_ids), config.hidden_size)
         out = _result(shape, "hidden states")
         state, steps = self._steps(token_ids)
-        for rows, layout in steps:
+        for rows, _, layout in steps:
             part, state = self._programs.hidden_states(state, layout)
-            out[:, rows] = part[:, : rows.stop - rows.start]
+            out[:, rows] = self._first(part)[:, : rows.stop - rows.start]
         return out
 
     def token_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [T - 1]: the log probability of every token but the first."""
         out = np.zeros(len(token_ids) - 1, np.float32)
         state, steps = self._steps(token_ids[:-1])
-        for rows, layout in steps:
-            targets = np.zeros(layout.num_prefill, np.int32)
-            targets[: rows.stop - rows.start] = token_ids[rows.start + 1 : rows.stop + 1]
-            part, state = self._programs.token_logprobs(state, layout, jnp.asarray(targets))
-            out[rows] = part[: rows.stop - rows.start]
+        for rows, num_prefill, layout in steps:
+            targets = np.zeros((self._num_shards, num_prefill), np.int32)
+            targets[0, : rows.stop - rows.start] = token_ids[rows.start + 1 : rows.stop + 1]
+            wanted = targets if self._num_shards > 1 else targets[0]
+            part, state = self._programs.token_logprobs(state, layout, jnp.asarray(wanted))
+            out[rows] = self._first(part)[: rows.stop - rows.start]
         return out
 
     def recurrent_states(self, token_ids: Sequence[int]) -> dict[int, np.ndarray]:
         """The recurrent state float32 [N, K, V] of every lightning layer after all tokens."""
         state, steps = self._steps(token_ids)
-        for _, layout in steps:
+        for _, _, layout in steps:
             state = self._programs.fold(state, layout)
         return {
             layer: np.asarray(leaf[_SLOT].astype(np.float32))
@@ -96,10 +119,12 @@ class Scorer:
             if spec.attention == "lightning"
         }
 
-    def _steps(
-        self, token_ids: Sequence[int]
-    ) -> tuple[DecodeState, Iterator[tuple[slice, BatchLayout]]]:
-        """A fresh state, and the rows and layout of each chunk."""
+    def _first(self, result: jax.Array) -> jax.Array:
+        """The first shard's."""
+        return result if self._num_shards == 1 else result[0]
+
+    def _steps(self, token_ids: Sequence[int]) -> tuple[DecodeState, Iterator[_Chunk]]:
+        """A fresh state, and the chunks."""
         page_size = self._spec.page_size
         # Powers of two, so that texts of many lengths share a few programs.
         num_pages = 1 << (-(-max(len(token_ids), 1) // page_size) - 1).bit_length()
@@ -111,25 +136,30 @@ class Scorer:
             page_size=page_size,
         )
 
-        def layouts() -> Iterator[tuple[slice, BatchLayout]]:
+        def layout(rows: list[Row], num_prefill: int) -> BatchLayout:
+            return pack(
+                [],
+                rows,
+                num_decode=0,
+                num_prefill=num_prefill,
+                num_segments=1,
+                page_size=page_size,
+                pages_a_sequence=num_pages,
+            )
+
+        def chunks() -> Iterator[_Chunk]:
             for start in range(0, len(token_ids), self._chunk):
                 rows = slice(start, min(start + self._chunk, len(token_ids)))
                 row = Row(list(token_ids[rows]), _SLOT, range(1, num_pages + 1), start)
                 count = rows.stop - rows.start
-                yield (
-                    rows,
-                    pack(
-                        [],
-                        [row],
-                        num_decode=0,
-                        num_prefill=min(max(_SMALLEST, 1 << (count - 1).bit_length()), self._chunk),
-                        num_segments=1,
-                        page_size=page_size,
-                        pages_a_sequence=num_pages,
-                    ),
-                )
+                size = min(max(_SMALLEST, 1 << (count - 1).bit_length()), self._chunk)
+                made = layout([row], size)
+                if self._num_shards > 1:
+                    made = stack([made, *[layout([], size)] * (self._num_shards - 1)])
+                yield _Chunk(rows, size, made)
 
-        return allocate(self._config, spec), layouts()
+        new_state = self._new_state or (lambda spec: allocate(self._config, spec))
+        return new_state(spec), chunks()
 
 
 def _result(shape: tuple[int, ...], what: str) -> np.ndarray:

@@ -129,7 +129,7 @@ class Answerer:
         try:
             while waiting or active:
                 # So many that no slot waits for one.
-                while waiting and len(active) < 2 * self._llm.limits.max_num_seqs:
+                while waiting and len(active) < 2 * self._llm.limits.total_num_seqs:
                     active.append(waiting.pop())
                     self._llm.submit(requests[active[-1]])
                 self._llm.step()

@@ -48,7 +48,10 @@ def scorer(loaded: LoadedModel, offset: int) -> Scorer:
     model = nnx.merge(*nnx.split(loaded.model))
     model.config = config
     chunk = loaded.limits.prefill_chunk
-    return Scorer(Programs(model), config, loaded.state_spec, chunk)
+    programs = Programs(model, loaded.placement)
+    return Scorer(
+        programs, config, loaded.state_spec, chunk, loaded.limits.num_shards, programs.new_state
+    )
 
 
 def nll(

@@ -23,6 +23,9 @@ class Attention(nnx.Module):
 
     # The attention kind of the layer plan.
     kind: ClassVar[str]
+    # The axis of its state along which `tensor` devices divide it, None for none. Whoever has it
+    # sums over those devices what each adds to y.
+    tensor_axis: ClassVar[int | None]
 
     @classmethod
     def parameters(cls, config: ModelConfig, path: str) -> tuple[Param, ...]:

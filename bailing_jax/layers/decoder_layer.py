@@ -37,7 +37,11 @@ class DecoderLayer(nnx.Module):
             scope / "post_attention_layernorm", config.norm_eps
         )
         mlp = scope / "mlp"
-        self.mlp = SwiGLU(mlp) if spec.mlp == "dense" else MoE(mlp, config.moe, options)
+        self.mlp = (
+            SwiGLU(mlp, options.parallel)
+            if spec.mlp == "dense"
+            else MoE(mlp, config.moe, options)
+        )
 
     def __call__(
         self, x: jax.Array, state: jax.Array, layout: BatchLayout, log_decay: jax.Array

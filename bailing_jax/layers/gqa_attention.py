@@ -18,6 +18,7 @@ from bailing_jax.layers.norms import RMSNorm
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.layers.rope import rotate_half_split
 from bailing_jax.params import present
+from bailing_jax.state import TENSOR_AXES
 from pallas_kernels import paged_attention
 
 
@@ -25,6 +26,7 @@ class GqaAttention(Attention):
     """x [t, d], pages [pages, size, 2, k, h] -> y [t, d], pages."""
 
     kind = "gqa"
+    tensor_axis = TENSOR_AXES["gqa"]
 
     def __init__(self, scope: Scope, config: ModelConfig, options: RuntimeOptions) -> None:
         attention, norm_eps = present(config.gqa), config.norm_eps
@@ -32,7 +34,7 @@ class GqaAttention(Attention):
         if attention.use_qk_norm:
             self.query_layernorm = RMSNorm(scope / "query_layernorm", norm_eps)
             self.key_layernorm = RMSNorm(scope / "key_layernorm", norm_eps)
-        self.dense = Linear(scope / "dense")
+        self.dense = Linear(scope / "dense", options.parallel)
         self.config = attention
         self.options = options
 

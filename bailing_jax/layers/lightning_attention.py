@@ -22,6 +22,7 @@ from bailing_jax.layers.norms import RMSNorm
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.layers.rope import rotate_half_split
 from bailing_jax.params import present
+from bailing_jax.state import TENSOR_AXES
 from pallas_kernels import lightning_decode, lightning_prefill
 
 
@@ -29,6 +30,7 @@ class LightningAttention(Attention):
     """x [t, d], state [slots, n, h, h] -> y [t, d], state."""
 
     kind = "lightning"
+    tensor_axis = TENSOR_AXES["lightning"]
 
     def __init__(self, scope: Scope, config: ModelConfig, options: RuntimeOptions) -> None:
         attention, norm_eps = present(config.lightning), config.norm_eps
@@ -37,8 +39,10 @@ class LightningAttention(Attention):
             self.query_layernorm = RMSNorm(scope / "query_layernorm", norm_eps)
             self.key_layernorm = RMSNorm(scope / "key_layernorm", norm_eps)
         self.g_proj = Linear(scope / "g_proj")
-        self.g_norm = RMSNorm(scope / "g_norm", norm_eps, groups=attention.num_norm_groups)
-        self.dense = Linear(scope / "dense")
+        self.g_norm = RMSNorm(
+            scope / "g_norm", norm_eps, attention.num_norm_groups, options.parallel
+        )
+        self.dense = Linear(scope / "dense", options.parallel)
         self.config = attention
         self.options = options
 

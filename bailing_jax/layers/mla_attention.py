@@ -24,6 +24,7 @@ from bailing_jax.layers.norms import RMSNorm
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.layers.rope import mla_score_factor, rotate_interleaved
 from bailing_jax.params import present
+from bailing_jax.state import TENSOR_AXES
 from pallas_kernels import latent_attention
 from pallas_kernels.compat import einsum
 
@@ -43,6 +44,7 @@ class MlaAttention(Attention):
     """x [t, d], pages [pages, size, r + p] -> y [t, d], pages."""
 
     kind = "mla"
+    tensor_axis = TENSOR_AXES["mla"]
 
     def __init__(self, scope: Scope, config: ModelConfig, options: RuntimeOptions) -> None:
         attention = present(config.mla)
@@ -55,7 +57,7 @@ class MlaAttention(Attention):
         self.kv_a_proj_with_mqa = Linear(scope / "kv_a_proj_with_mqa")
         self.kv_a_layernorm = RMSNorm(scope / "kv_a_layernorm", _INNER_EPS)
         self.kv_b_proj = UpProjection(scope / "kv_b_proj")
-        self.dense = Linear(scope / "dense")
+        self.dense = Linear(scope / "dense", options.parallel)
         self.config = attention
         self.options = options
 

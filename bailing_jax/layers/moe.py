@@ -16,6 +16,7 @@ from flax import nnx
 
 from bailing_jax.config import Moe
 from bailing_jax.layers.declare import Scope
+from bailing_jax.layers.expert_exchange import exchange
 from bailing_jax.layers.mlp import SwiGLU
 from bailing_jax.layers.options import RuntimeOptions
 from pallas_kernels import expert_mlp
@@ -88,8 +89,20 @@ class MoE(nnx.Module):
         self, x: jax.Array, exists: jax.Array, ids: jax.Array, weights: jax.Array
     ) -> jax.Array:
         """The experts `ids` [t, x], weighted, and the shared ones."""
-        experts = self.experts
-        y = expert_mlp(
+        parallel, num_here = self.options.parallel, self.experts.gate_proj.weight.shape[0]
+        dtype = parallel.partial_dtype(x.dtype)
+        y = exchange(parallel, self._routed, num_here, x, ids, weights, exists).astype(dtype)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x, exists, dtype)
+        return parallel.sum_over_tensor(y).astype(x.dtype)
+
+    def _routed(
+        self, x: jax.Array, ids: jax.Array, weights: jax.Array, exists: jax.Array
+    ) -> jax.Array:
+        """What the experts on this device make of rows, in float32 if others add to it."""
+        experts, parallel = self.experts, self.options.parallel
+        is_whole = parallel.expert == parallel.tensor == 1
+        return expert_mlp(
             x,
             experts.gate_proj.weight[...],
             experts.up_proj.weight[...],
@@ -99,5 +112,5 @@ class MoE(nnx.Module):
             exists,
             implementation=self.options.kernels,
             exact=self.options.exact,
+            dtype=x.dtype if is_whole else jnp.float32,
         )
-        return y if self.shared_experts is None else y + self.shared_experts(x, exists)

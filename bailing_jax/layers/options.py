@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bailing_jax.layers.parallel import ONE, Parallel
+
 
 @dataclass(frozen=True)
 class RuntimeOptions:
@@ -16,12 +18,14 @@ class RuntimeOptions:
         kernels: "auto" or the name of one implementation for all operators.
         exact: operators run in their exact form: a row's bits depend on its own sequence and on
             the static sizes of the step, never on who shares it.
+        parallel: the devices that share the model.
     """
 
     dtype: str
     rope_dtype: str | None = None
     kernels: str = "auto"
     exact: bool = False
+    parallel: Parallel = ONE
 
     @property
     def rotated_dtype(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import reference, train, xla
@@ -30,6 +31,7 @@ def expert_mlp(
     *,
     implementation: str = "auto",
     exact: bool = False,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
     """y_t = sum_i w_ti down_e(silu(gate_e x_t) * up_e x_t), e = expert_ids[t, i].
 
@@ -38,14 +40,16 @@ def expert_mlp(
         gate: [e, d, f].
         up: [e, d, f].
         down: [e, f, d].
-        expert_ids: int32 [T, x], distinct in a row.
+        expert_ids: int32 [T, x], distinct in a row; e names an expert that is not here, any number
+            of times: such a choice costs nothing and adds nothing.
         weights: float32 [T, x].
         exists: bool [T]; other rows cost nothing and give zero, whatever they hold.
         implementation: "auto" or a registered name.
         exact: a row's bits depend on nothing but itself and the static number of rows.
+        dtype: of the result, x's by default: sums of a part of the experts go on in float32.
 
     Returns:
-        [T, d] in x's dtype, accumulated in float32.
+        [T, d], accumulated in float32.
 
     Raises:
         ValueError: shapes do not fit, or no implementation can run.
@@ -59,7 +63,8 @@ def expert_mlp(
     if expert_ids.shape != weights.shape or expert_ids.shape[0] != rows or exists.shape != (rows,):
         raise ValueError(f"ids {expert_ids.shape}, weights {weights.shape}, exists {exists.shape}")
     run = dispatch.choose("expert_mlp", implementation, x, gate, up, down, exact=exact)
-    return _jit(run)(x, gate, up, down, expert_ids, weights, exists)
+    y = _jit(run)(x, gate, up, down, expert_ids, weights, exists)
+    return y.astype(jnp.dtype(x.dtype if dtype is None else dtype))
 
 
 @functools.cache

@@ -22,10 +22,10 @@ def expert_mlp(
     weights: jax.Array,
     exists: jax.Array,
 ) -> jax.Array:
-    """See `api.expert_mlp`; memory grows with experts times rows."""
+    """See `api.expert_mlp`; float32; memory grows with experts times rows."""
     x = jnp.where(exists[:, None], x, 0)
     chosen = jax.nn.one_hot(expert_ids, gate.shape[0], dtype=jnp.float32)
     share = einsum("txe,tx->te", chosen, jnp.where(exists[:, None], weights, 0))
     hidden = jax.nn.silu(einsum("td,edf->tef", x, gate)) * einsum("td,edf->tef", x, up)
     hidden = (hidden * share[:, :, None]).astype(x.dtype)
-    return einsum("tef,efd->td", hidden, down).astype(x.dtype)
+    return einsum("tef,efd->td", hidden, down)

@@ -27,7 +27,7 @@ def expert_mlp(
     *,
     one_path: bool = False,
 ) -> jax.Array:
-    """See `api.expert_mlp`; `one_path`: a lone row goes through the blocks like any other.
+    """See `api.expert_mlp`; float32. `one_path`: a lone row goes through the blocks like others.
 
     A row's products do not depend on the block or the lane of a block it lands in: every block
     has the same static size, and rows of other experts in it are overwritten by later blocks.
@@ -37,7 +37,8 @@ def expert_mlp(
         return _one_row(x, gate, up, down, expert_ids[0], weights[0], exists)
     num_experts = gate.shape[0]
     block = _block_size(rows, choices, num_experts)
-    # Pairs of rows that do not exist sort behind the last expert and no block covers them.
+    # Pairs of rows that do not exist sort behind the last expert with those of experts that are
+    # not here: they are nobody's own.
     expert = jnp.where(exists[:, None], expert_ids, num_experts).reshape(-1)
     order = jnp.argsort(expert, stable=True)
     pair_x = jnp.pad(x[order // choices], ((0, block), (0, 0)))
@@ -54,8 +55,9 @@ def expert_mlp(
     y = jnp.zeros(pair_x.shape, jnp.float32)
     y = jax.lax.fori_loop(0, num_blocks, one_block, y)
     y = y[jnp.argsort(order)].reshape(rows, choices, -1)
-    y = (y * weights[..., None]).sum(axis=1)
-    return jnp.where(exists[:, None], y, 0).astype(x.dtype)
+    # The last block may reach into pairs that are nobody's.
+    y = jnp.where((expert_ids < num_experts)[..., None], y * weights[..., None], 0).sum(axis=1)
+    return jnp.where(exists[:, None], y, 0)
 
 
 def _one_row(
@@ -67,14 +69,16 @@ def _one_row(
     weights: jax.Array,
     exists: jax.Array,
 ) -> jax.Array:
-    """A lone row needs no sorting: its experts are all different."""
+    """A lone row's experts are all different: those that are here go first, one after the other."""
+    is_here = (expert_ids < gate.shape[0]) & exists
+    order = jnp.argsort(~is_here, stable=True)
 
     def one_choice(i: jax.Array, y: jax.Array) -> jax.Array:
-        e = expert_ids[i]
-        return y + weights[i] * _swiglu(x, gate[e], up[e], down[e])
+        e = expert_ids[order[i]]
+        return y + weights[order[i]] * _swiglu(x, gate[e], up[e], down[e])
 
-    y = jax.lax.fori_loop(0, expert_ids.shape[0], one_choice, jnp.zeros(x.shape, jnp.float32))
-    return jnp.where(exists[:, None], y, 0).astype(x.dtype)
+    y = jax.lax.fori_loop(0, is_here.sum(), one_choice, jnp.zeros(x.shape, jnp.float32))
+    return jnp.where(exists[:, None], y, 0)
 
 
 def _swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:

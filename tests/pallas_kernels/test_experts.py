@@ -29,16 +29,25 @@ class Mixture:
     weights: np.ndarray
     exists: np.ndarray
 
+    def experts(self, start: int, stop: int) -> Mixture:
+        """The same on a device that has these experts only."""
+        here = (self.ids >= start) & (self.ids < stop)
+        gate, up, down = (w[start:stop] for w in (self.gate, self.up, self.down))
+        ids = np.where(here, self.ids - start, stop - start).astype(np.int32)
+        return replace(self, gate=gate, up=up, down=down, ids=ids)
+
     def rows(self, index) -> Mixture:
         return replace(
             self, x=self.x[index], ids=self.ids[index], weights=self.weights[index],
             exists=self.exists[index],
         )  # fmt: skip
 
-    def run(self, implementation: str) -> np.ndarray:
+    def run(self, implementation: str, dtype: str | None = None, **kwargs) -> np.ndarray:
         arrays = (self.x, self.gate, self.up, self.down, self.ids, self.weights, self.exists)
-        y = expert_mlp(*(jnp.asarray(a) for a in arrays), implementation=implementation)
-        assert y.dtype == self.x.dtype
+        y = expert_mlp(
+            *(jnp.asarray(a) for a in arrays), implementation=implementation, dtype=dtype, **kwargs
+        )
+        assert y.dtype == (dtype or self.x.dtype)
         return np.asarray(y)
 
     def loop(self) -> np.ndarray:
@@ -82,6 +91,41 @@ def test_experts_nobody_chose_are_not_read(rng):
     gate = m.gate.copy()
     gate[[0, 4]] = np.nan
     assert_close(replace(m, gate=gate).run("xla"), m.loop(), "experts")
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("rows", [1, 129])
+def test_a_choice_that_is_not_here_reads_no_expert(rng, rows, exact):
+    """Neither a row that has none here, nor one with a neighbour in its block."""
+    m = mixture(rng, rows)
+    away = replace(m, ids=np.full_like(m.ids, E))
+    assert (replace(away, gate=away.gate * np.nan).run("xla", exact=exact) == 0).all()
+    # Products of the huge rows are infinite, wherever a block of their neighbour's covers them.
+    huge = np.arange(rows) % 2 == 1
+    x, ids = m.x.copy(), m.ids.copy()
+    x[huge], ids[huge] = 3e38, E
+    mixed = replace(m, x=x, ids=ids).run("xla", exact=exact)
+    assert (mixed[huge] == 0).all()
+    assert_same_bits(mixed[~huge], m.run("xla", exact=exact)[~huge])
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "train"])
+class TestParts:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("rows", [1, 2, 17, 129])
+    def test_parts_of_the_experts_sum_to_the_whole(self, rng, implementation, rows, dtype):
+        m = mixture(rng, rows, dtype)
+        missing = rng.permutation(rows) < rows / 3 if rows > 1 else np.zeros(rows, bool)
+        m = replace(m, exists=~missing)
+        cuts = ((0, 3), (3, 4), (4, E))
+        parts = [m.experts(*cut).run(implementation, "float32") for cut in cuts]
+        assert_close(sum(parts), m.loop(), TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("rows", [1, 17])
+    def test_nobody_is_here(self, rng, implementation, rows):
+        m = mixture(rng, rows)
+        m = replace(m, ids=np.full_like(m.ids, E))
+        assert (m.run(implementation) == 0).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
