@@ -36,7 +36,6 @@ from pallas_kernels.lightning_attention import (  # noqa: E402
     gpu_decode,
     gpu_decode_fused,
     gpu_grad,
-    gpu_mixed,
     gpu_prefill,
     gpu_scan,
 )
@@ -192,18 +191,6 @@ def programs(sharding: Any) -> Iterator[tuple[str, Callable[..., Any], tuple[Any
             arrays,
             2,
         )
-
-    def mixed(*a):
-        places = dict(zip(("slots", "cu_seqlens", "is_fresh"), a[6:], strict=True))
-        return gpu_mixed.lightning_mixed(*a[:5], decode_slots=a[5], **places, scale=1.0)
-
-    for sizes, dtype in (
-        ((16, 128, 128), F32), ((16, 128, 128), BF16), ((64, 128, 128), F32), ((32, 64, 64), F32),
-    ):  # fmt: skip
-        arrays = *rows(128 + 1024, *sizes, BF16), pool(140, *sizes, dtype=dtype)
-        arrays = *arrays, spec((128,), "int32"), *places(4)
-        name = f"mixed B128 T1024 x4 {'x'.join(map(str, sizes))} {dtype.name}"
-        yield name, mixed, arrays, 4
 
     def gradients(q, k, v, log_decay, state, slots, cu_seqlens, is_fresh, weight):
         def outputs(q, k, v, state):

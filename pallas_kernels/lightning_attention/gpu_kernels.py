@@ -64,8 +64,9 @@ class Place(NamedTuple):
     steps: Steps
 
 
-def find_place(plan: Plan, cut: Cut, tables: Tables, block: jax.Array) -> Place:
+def find_place(plan: Plan, cut: Cut, tables: Tables) -> Place:
     """From the block's number; the parts of V that read the same q and k are neighbours."""
+    block = lax.axis_index("block")
     part, head = block % plan.parts, block // plan.parts % plan.heads
     item = block // (plan.parts * plan.heads)
     work = locate(item, cut, tables.cu_seqlens, tables.slots)
@@ -117,7 +118,7 @@ def sum_pieces(plan: Plan, cut: Cut, k_ref, v_ref, *refs, shared) -> None:
     """Each piece's own k^T w from zero; for a segment's last piece, what it starts from instead."""
     *tables, pool_ref, sums_ref = refs
     tables = Tables(*tables)
-    place = find_place(plan, cut, tables, lax.axis_index("block"))
+    place = find_place(plan, cut, tables)
     work, head, steps = place.work, place.head, place.steps
     is_cut = (work.pieces > 1) & (work.slot != 0)
     is_last = _is_last(plan, work)
@@ -166,11 +167,11 @@ def sum_pieces(plan: Plan, cut: Cut, k_ref, v_ref, *refs, shared) -> None:
     in_roles(plan, feeder, compute)
 
 
-def fold_segments(plan: Plan, cut: Cut, block, q_ref, k_ref, v_ref, *refs, shared) -> None:
+def fold_segments(plan: Plan, cut: Cut, q_ref, k_ref, v_ref, *refs, shared) -> None:
     """Outputs of every row, and each segment's state from its slot to its slot."""
     tables, (pool_ref, o_ref) = Tables(*refs[:4]), refs[-2:]
     sums_ref: Any = refs[4] if cut.span else None
-    place = find_place(plan, cut, tables, block)
+    place = find_place(plan, cut, tables)
     work, head, steps = place.work, place.head, place.steps
     o_part = o_ref.at[:, head, place.columns]
     has_rows = work.end > work.begin

@@ -18,11 +18,10 @@ the second adds the sums of the pieces before its own to the state it starts fro
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels import compat
 from pallas_kernels.lightning_attention.gpu_chunks import COLUMNS, ROWS, Plan
@@ -115,7 +114,7 @@ def run(
         sums = (summing(k, v, log_decay, *segments, pool),)
 
     def lightning_prefill_fold(*refs, **shared):
-        fold_segments(plan, work, lax.axis_index("block"), *refs, shared=shared)
+        fold_segments(plan, work, *refs, shared=shared)
 
     shape = jax.ShapeDtypeStruct(v.shape, v.dtype)
     folding = _kernel(lightning_prefill_fold, plan, work, shape, q=True)
@@ -125,20 +124,6 @@ def run(
 
 def _kernel(body, plan: Plan, work: Cut, out_type: jax.ShapeDtypeStruct, *, q: bool):
     """`body(*refs, **shared)` over all items, heads and parts of V; `q`: with outputs of rows."""
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=scratch(plan, out_type.dtype, q=q),
-        grid=(work.items * plan.heads * plan.parts,),
-        grid_names=("block",),
-        num_threads=plan.groups + 1,
-        thread_name="group",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
-
-
-def scratch(plan: Plan, dtype: jnp.dtype, *, q: bool) -> dict[str, Any]:
-    """Buffers and barriers of a block in shared memory (`gpu_chunks`); `q`: for outputs too."""
     chunk, stages = plan.chunk, plan.stages
     for_wgmma = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     tiled = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=for_wgmma)
@@ -154,7 +139,16 @@ def scratch(plan: Plan, dtype: jnp.dtype, *, q: bool) -> dict[str, Any]:
         shared["q"] = tiled((stages, chunk, plan.key_dim))
         shared["s"] = tiled((2, plan.key_dim, COLUMNS))
         # Not tiled: copies of any number of rows start at any row.
-        shared["o"] = plgpu.SMEM((plan.groups, ROWS, COLUMNS), dtype)
+        shared["o"] = plgpu.SMEM((plan.groups, ROWS, COLUMNS), out_type.dtype)
         if compat.is_interpreting_mosaic_gpu():
             shared["scores"] = plgpu.SMEM((plan.groups, ROWS, chunk), jnp.bfloat16)
-    return shared
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=shared,
+        grid=(work.items * plan.heads * plan.parts,),
+        grid_names=("block",),
+        num_threads=plan.groups + 1,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )

@@ -2,9 +2,8 @@
 
     S <- exp(g) S + k v^T        o = scale * S^T q
 
-For kernels whose warpgroups do different things (`gpu_mixed`) or that compute k and q themselves
-(`gpu_decode_fused`). Each warp holds all K rows of its columns, so sums over K take shuffles only:
-no shared memory, which several warpgroups would have to divide, and no barrier.
+For a kernel that computes k and q itself (`gpu_decode_fused`). Each warp holds all K rows of its
+columns, so sums over K take shuffles only: no shared memory and no barrier.
 """
 
 from __future__ import annotations
