@@ -146,9 +146,9 @@ def test_norms_and_rope_are_fused_where_decode_is_the_gpus(on_hopper, caplog):
     [
         ({"rotated": 40}, "40 rotated channels: half of them must divide key dim 64"),
         ({"rows": 128, "heads": 64}, "it does not pay for 8192 or more rows x heads"),
-        ({"norms": [jax.ShapeDtypeStruct((64,), jnp.float32)]}, "weights of norms are not bfloat16"),
+        ({"norms": [jnp.ones(64, jnp.float32)]}, "weights of norms are not bfloat16"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_fused_says_why(on_hopper, changed, said, caplog):
     caplog.set_level("INFO")
     fused._log_choice.cache_clear()
