@@ -34,6 +34,7 @@ from jax.experimental import topologies  # noqa: E402
 
 from pallas_kernels.lightning_attention import (  # noqa: E402
     gpu_decode,
+    gpu_decode_fused,
     gpu_grad,
     gpu_prefill,
     gpu_scan,
@@ -175,6 +176,20 @@ def programs(sharding: Any) -> Iterator[tuple[str, Callable[..., Any], tuple[Any
             lambda *a: gpu_scan.run(*a[:5], Segments(*a[5:]), 1.0),
             arrays,
             4,
+        )
+
+    for batch, dtype in ((1, F32), (32, F32), (32, BF16)):
+        sizes = (16, 128, 128)
+        head, angles = spec((128,), BF16), spec((batch, 32), F32)
+        arrays = spec((batch, 3, *sizes[:2]), BF16), spec((16,), F32), pool(40, *sizes, dtype=dtype)
+        arrays = *arrays, spec((batch,), "int32"), head, head, angles, angles
+        yield (
+            f"decode from the projected row B{batch} 16x128 {dtype.name}",
+            lambda *a: gpu_decode_fused.lightning_decode_fused(
+                *a[:3], slots=a[3], scale=1.0, norms=a[4:6], eps=1e-6, angles=a[6:]
+            ),
+            arrays,
+            2,
         )
 
     def gradients(q, k, v, log_decay, state, slots, cu_seqlens, is_fresh, weight):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bailing_jax.batch import pack
+from bailing_jax.batch import BatchLayout, pack
 from bailing_jax.engine_options import EngineOptions
 from bailing_jax.loading import LoadedModel, load
 from bailing_jax.row import Row
@@ -62,9 +62,12 @@ class Driver:
         *,
         overrides: dict[str, object] | None = None,
         state_dtype: str = "float32",
+        kernels: str = "auto",
     ) -> None:
         self.folder = folder
-        engine_options = EngineOptions(dtype="float32", state_dtype=state_dtype)
+        engine_options = EngineOptions(
+            dtype="float32", state_dtype=state_dtype, kernels=kernels
+        )
         self.loaded: LoadedModel = load(
             folder, engine_options, overrides or {}, 0, lambda _line: None
         )
@@ -90,6 +93,13 @@ class Driver:
     def reset(self) -> None:
         """A zero state."""
         self.state = allocate(self.config, self._spec)
+
+    def set_recurrent(self, states: Sequence[np.ndarray]) -> None:
+        """Put these arrays in the place of the recurrent states, in the order of the layers."""
+        layers = list(self.state.layers)
+        for layer, state in zip(self.recurrent_layers(), states, strict=True):
+            layers[layer] = jnp.asarray(state, layers[layer].dtype)
+        self.state = DecodeState(tuple(layers))
 
     def poison(self, keep: Sequence[Request] = ()) -> None:
         """Fill every slot and page that nobody in `keep` owns with NaN, NULL excepted."""
@@ -140,16 +150,7 @@ class Driver:
 
         `garbage` fills the padding rows with random tokens and positions.
         """
-        sizes = self.sizes
-        layout = pack(
-            [self._row(request, 1) for request in decodes],
-            [self._row(request, count) for request, count in segments],
-            num_decode=sizes.num_decode,
-            num_prefill=sizes.num_prefill,
-            num_segments=sizes.num_segments,
-            page_size=sizes.page_size,
-            pages_a_sequence=sizes.pages_a_sequence,
-        )
+        sizes, layout = self.sizes, self._layout(decodes, segments)
         if garbage is not None:
             used = sizes.num_decode + sum(count for _, count in segments)
             pads = np.r_[len(decodes) : sizes.num_decode, used : len(layout.tokens)]
@@ -167,6 +168,10 @@ class Driver:
             self._take(request, stream, logits, start, count)
             start += count
 
+    def program(self) -> str:
+        """The program of a step as jax has traced it."""
+        return str(jax.make_jaxpr(self._run)(self._params, self.state, self._layout((), ())))
+
     def prefill(self, request: Request, *cuts: int) -> Request:
         """Fold in all its tokens, alone, cut at `cuts` and wherever a step is full."""
         ends = sorted({*cuts, len(request.tokens)})
@@ -175,6 +180,20 @@ class Driver:
             count = min(end - request.done, self.sizes.num_prefill)
             self.step(segments=[(request, count)])
         return request
+
+    def _layout(
+        self, decodes: Sequence[Request], segments: Sequence[tuple[Request, int]]
+    ) -> BatchLayout:
+        sizes = self.sizes
+        return pack(
+            [self._row(request, 1) for request in decodes],
+            [self._row(request, count) for request, count in segments],
+            num_decode=sizes.num_decode,
+            num_prefill=sizes.num_prefill,
+            num_segments=sizes.num_segments,
+            page_size=sizes.page_size,
+            pages_a_sequence=sizes.pages_a_sequence,
+        )
 
     def _row(self, request: Request, count: int) -> Row:
         tokens = request.tokens[request.done : request.done + count]

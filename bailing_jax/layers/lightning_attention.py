@@ -13,17 +13,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from bailing_jax.batch import BatchLayout, Region
+from bailing_jax.batch import BatchLayout, Region, RunRegion
 from bailing_jax.config import ModelConfig
 from bailing_jax.layers.attention import Attention
 from bailing_jax.layers.declare import Scope
 from bailing_jax.layers.linear import Linear
 from bailing_jax.layers.norms import RMSNorm
 from bailing_jax.layers.options import RuntimeOptions
-from bailing_jax.layers.rope import rotate_half_split
+from bailing_jax.layers.rope import half_split_angles, rotate_half_split
 from bailing_jax.params import present
 from bailing_jax.state import TENSOR_AXES
-from pallas_kernels import lightning_decode, lightning_prefill
+from pallas_kernels import choose_fused_decode, lightning_decode, lightning_prefill
 
 
 class LightningAttention(Attention):
@@ -49,23 +49,33 @@ class LightningAttention(Attention):
     def __call__(
         self, x: jax.Array, state: jax.Array, layout: BatchLayout, log_decay: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        q, k, v = self._project(x, layout.positions)
+        qkv = self._project(x)
+        fused = self._fused_decode(qkv, state, layout, log_decay)
+        if fused is None:
 
-        def recur(region, state, q, k, v):
-            return self._recur(region, state, q, k, v, log_decay)
+            def recur(region, state, q, k, v):
+                return self._recur(region, state, q, k, v, log_decay)
 
-        o, state = layout.by_region(recur, state, q, k, v)
+            q, k, v = self._normed_and_roped(qkv, layout.positions)
+            o, state = layout.by_region(recur, state, q, k, v)
+        else:
+            o, state = layout.by_region(fused, state, qkv, layout.positions)
         gate = jax.nn.sigmoid(self.g_proj(x).astype(jnp.float32)).astype(x.dtype)
         o = self.g_norm(o.astype(x.dtype).reshape(x.shape[0], -1)) * gate
         return self.dense(o), state
 
-    def _project(
-        self, x: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(self, x: jax.Array) -> jax.Array:
+        """[t, 3, n, h]."""
         config = self.config
         qkv = self.query_key_value(x).reshape(-1, 3, config.num_heads, config.head_dim)
         if config.use_silu:
             qkv = jax.nn.silu(qkv.astype(jnp.float32)).astype(x.dtype)
+        return qkv
+
+    def _normed_and_roped(
+        self, qkv: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        config = self.config
         q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
         if config.use_qk_norm:
             q, k = self.query_layernorm(q), self.key_layernorm(k)
@@ -74,6 +84,39 @@ class LightningAttention(Attention):
             q = rotate_half_split(q, positions, config.rope, dtype)
             k = rotate_half_split(k, positions, config.rope, dtype)
         return q, k, v
+
+    def _fused_decode(
+        self, qkv: jax.Array, state: jax.Array, layout: BatchLayout, log_decay: jax.Array
+    ) -> RunRegion | None:
+        """What takes (region, state, qkv, positions) in one kernel, where there is one.
+
+        Only for steps of decode rows alone: beside a segment norms and RoPE run anyway.
+        """
+        config, options = self.config, self.options
+        if layout.num_prefill or config.use_silu:
+            return None
+        rope = config.rope
+        norms, eps = None, 0.0
+        if config.use_qk_norm:
+            norms = self.query_layernorm.weight[...], self.key_layernorm.weight[...]
+            eps = self.query_layernorm.eps
+        dtype = qkv.dtype if rope is None else jnp.dtype(options.rotated_dtype)
+        run = choose_fused_decode(
+            qkv, log_decay, state, norms=norms or (), rotated_dtype=dtype,
+            num_angles=rope.num_dims // 2 if rope else 0,
+            implementation=options.kernels, exact=options.exact,
+        )  # fmt: skip
+        if run is None:
+            return None
+
+        def decode(region, state, qkv, positions):
+            return run(
+                qkv, log_decay, state, slots=region.slots, scale=config.head_dim**-0.5,
+                norms=norms, eps=eps, rotated_dtype=dtype,
+                angles=half_split_angles(positions, rope) if rope else None,
+            )  # fmt: skip
+
+        return decode
 
     def _recur(
         self,

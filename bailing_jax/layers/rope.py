@@ -92,6 +92,12 @@ def rotate_interleaved(
     return turned.reshape(x.shape).astype(dtype)
 
 
+def half_split_angles(positions: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of a row's rotation, float32 [t, num_dims / 2]."""
+    cos, sin = _cos_sin(positions, rope)
+    return cos[:, 0], sin[:, 0]
+
+
 def _cos_sin(positions: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [t, 1, num_dims / 2]."""
     angles = positions.astype(jnp.float32)[:, None, None] * inverse_frequencies(rope)

@@ -35,9 +35,9 @@ def _from(module: str, function: str) -> Callable:
 dispatch.register(
     "lightning_prefill", "gpu", _from("gpu_grad", "lightning_prefill"), gpu.prefill_supports
 )
-dispatch.register(
-    "lightning_decode", "gpu", _from("gpu_decode", "lightning_decode"), gpu.decode_supports
-)
+# `fused` stands in for this one.
+DECODE_ON_GPU = _from("gpu_decode", "lightning_decode")
+dispatch.register("lightning_decode", "gpu", DECODE_ON_GPU, gpu.decode_supports)
 dispatch.register(
     "lightning_prefill", "tpu",
     _from("tpu_prefill", "lightning_prefill"), _from("tpu_prefill", "supports"),

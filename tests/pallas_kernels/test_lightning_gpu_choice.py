@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 from lightning_gpu_cases import SCALE
 
-from pallas_kernels import compat, dispatch, lightning_decode, lightning_prefill
+from pallas_kernels import (
+    choose_fused_decode,
+    compat,
+    dispatch,
+    lightning_decode,
+    lightning_prefill,
+)
+from pallas_kernels.lightning_attention import fused
 
 T, P, N = 304, 3, 2
 
@@ -107,6 +114,87 @@ def test_hopper_takes_them_and_other_gpus_do_not(on_hopper, monkeypatch):
         assert "needs a Hopper GPU" in str(compat.why_no_mosaic_gpu())
 
 
+def choose_fused(rows=5, heads=N, dim=64, dtype=jnp.bfloat16, rotated=64, **changed):
+    spec = jax.ShapeDtypeStruct
+    options = {"norms": [spec((dim,), dtype)] * 2, "rotated_dtype": dtype, **changed}
+    return choose_fused_decode(
+        spec((rows, 3, heads, dim), dtype), spec((heads,), jnp.float32),
+        spec((9, heads, dim, dim), jnp.float32), num_angles=rotated // 2, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.mosaic_interpreter
+def test_norms_and_rope_are_fused_where_decode_is_the_gpus(on_hopper, caplog):
+    caplog.set_level("INFO")
+    fused._log_choice.cache_clear()
+    chosen = choose_fused()
+    assert chosen is not None
+    assert choose_fused(implementation="gpu", norms=[], rotated=0) is chosen
+    assert caplog.text.count("norms and RoPE in its kernel") == 1
+    for named in ({"implementation": "xla"}, {"implementation": "reference"}, {"exact": True}):
+        assert choose_fused(**named) is None
+    # The operator's own refusal, and its own warning.
+    with pytest.raises(ValueError, match=r"'gpu' can't run: .*float16"):
+        choose_fused(dtype=jnp.float16, implementation="gpu")
+    assert choose_fused(dtype=jnp.float16) is None
+    assert "apart" not in caplog.text
+
+
+@pytest.mark.mosaic_interpreter
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"rotated": 40}, "40 rotated channels: half of them must divide key dim 64"),
+        ({"rows": 128, "heads": 64}, "it does not pay for 8192 or more rows x heads"),
+        ({"norms": [jnp.ones(64, jnp.float32)]}, "weights of norms are not bfloat16"),
+    ],
+)
+def test_what_is_not_fused_says_why(on_hopper, changed, said, caplog):
+    caplog.set_level("INFO")
+    fused._log_choice.cache_clear()
+    assert choose_fused(**changed) is None
+    assert f"norms and RoPE apart, because {said}" in caplog.text
+    assert choose_fused(rows=127, heads=64) is not None
+
+
+@pytest.mark.mosaic_interpreter
+def test_a_preferred_kernel_of_a_plugin_is_not_passed_over(on_hopper, monkeypatch):
+    registered = dict(dispatch._REGISTRY["lightning_decode"])
+    monkeypatch.setitem(dispatch._REGISTRY, "lightning_decode", registered)
+    dispatch.register("lightning_decode", "mine", lambda *_: None, preferred=True)
+    assert choose_fused() is None
+    assert choose_fused(implementation="gpu") is not None
+
+
+def test_nothing_is_fused_elsewhere(caplog):
+    caplog.set_level("INFO")
+    assert choose_fused() is None
+    # Nobody was asked.
+    assert not caplog.text
+
+
+@pytest.mark.mosaic_interpreter
+@pytest.mark.parametrize("state_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("dim", "rotated"), [(128, 64), (64, 64), (256, 128), (48, 0)])
+def test_the_fused_kernel_lowers_with_the_pool_in_place(on_hopper, dim, rotated, state_dtype):
+    spec, rows = jax.ShapeDtypeStruct, 5
+    run = choose_fused(dim=dim, rotated=rotated)
+    assert run is not None
+
+    def decode(qkv, weight, cos, log_decay, state):
+        return run(
+            qkv, log_decay, state, slots=jnp.arange(rows) % 3, scale=SCALE, norms=(weight, weight),
+            eps=1e-6, rotated_dtype=jnp.dtype("float32"), angles=(cos, cos) if rotated else None,
+        )  # fmt: skip
+
+    pool = spec((9, N, dim, dim), state_dtype)
+    text = lowered(decode, (
+        spec((rows, 3, N, dim), jnp.bfloat16), spec((dim,), jnp.bfloat16),
+        spec((rows, rotated // 2), jnp.float32), spec((N,), jnp.float32), pool,
+    ))  # fmt: skip
+    check_pool_in_place(text, pool)
+
+
 @pytest.mark.mosaic_interpreter
 @pytest.mark.parametrize("state_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
@@ -127,11 +215,16 @@ def test_it_lowers_with_the_pool_in_place(on_hopper, run, key_dim, value_dim, ro
     text = lowered(run, xs)
     # Only odd numbers of rows are padded, by a copy.
     assert ("stablehlo.pad" in text) == (run is prefill and rows in (8, T + 3))
+    check_pool_in_place(text, xs[4])
+
+
+def check_pool_in_place(text: str, state: jax.ShapeDtypeStruct) -> None:
+    """Kernels alone touch the pool."""
     lines = text.splitlines()
     kernels = [line for line in lines if "custom_call @mosaic_gpu" in line]
     # The last one writes; one before it sums up pieces.
     assert "output_operand_alias" in kernels[-1]
     assert len(kernels) <= 2
-    pool = f"tensor<{'x'.join(map(str, xs[4].shape))}x"
+    pool = f"tensor<{'x'.join(map(str, state.shape))}x"
     passing_on = re.compile(r"custom_call @mosaic_gpu|func\.func|return|call @")
     assert not [line for line in lines if pool in line and not passing_on.search(line)]

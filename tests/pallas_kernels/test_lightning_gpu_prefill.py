@@ -87,17 +87,30 @@ def test_fewer_rows_than_a_chunk(rng, machine):
 
 
 @MACHINES
+@pytest.mark.parametrize("beside", ["NULL", "empty", "nothing"])
 @pytest.mark.parametrize("size", [(64, 64), (128, 64)], ids=["64", "128"])
-def test_a_long_segment_is_cut(rng, machine, size):
-    """Into pieces that start from the sums of those before; short and NULL segments beside it."""
+def test_a_long_segment_is_cut(rng, machine, size, beside):
+    """Into pieces that start from the sums of those before; others are cut beside it or not."""
     long, short = (1_050, 520) if size[0] == 128 else (530, 260)
-    segments = [Segment(6, 3), Segment(2, long), Segment(0, short), Segment(3, short, True)]
+    segments = {
+        "NULL": [Segment(6, 3), Segment(2, long), Segment(0, short)],
+        "empty": [Segment(3, short, True), Segment(5, 0, True), Segment(2, long)],
+        "nothing": [Segment(2, long)],
+    }[beside]
     call = Call.random(rng, segments, [-0.004], *size, pads=20)
     # What it starts from outweighs the rest, so that a token of decay too many is a wrong result.
     call.state *= 100
     # The long one makes three pieces.
-    assert long // 3 < cut(len(call.q), 4, 1, size[0], 8).span < long // 2
-    check(machine, call, races=size[0] == 64, blocks=8)
+    blocks = 4 if beside == "nothing" else 8
+    assert long // 3 < cut(len(call.q), len(segments), 1, size[0], blocks).span < long // 2
+    check(machine, call, races=size[0] == 64, blocks=blocks)
+
+
+def test_many_segments_are_left_whole():
+    """Blocks would look through them for their pieces."""
+    spans = [cut(4_096, segments, 16, 128, 132).span for segments in (1, 3, 4, 64)]
+    assert spans[0] == spans[1] > 0
+    assert spans[2:] == [0, 0]
 
 
 @MACHINES
@@ -175,7 +188,7 @@ def test_every_size_token_by_token(rng, size, state_dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [[8_192], [9_000, 1, 777, 5_000]])
+@pytest.mark.parametrize("lengths", [[8_192], [9_000, 1, 5_000], [9_000, 1, 777, 5_000]])
 def test_long_prompts(rng, lengths):
     """Cut and whole; twenty repeats give the same bits."""
     segments = [Segment(i + 1, n, bool(i)) for i, n in enumerate(lengths)]
