@@ -15,8 +15,6 @@ import importlib.util
 import os
 import secrets
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -158,6 +156,8 @@ def _has_tpu() -> bool:
 
 def _metadata(environ: Mapping[str, str]) -> str | None:
     """The list of the slice's hosts as a TPU VM is told it."""
+    import urllib.request
+
     host = environ.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(
         _METADATA.format(host=host), headers={"Metadata-Flavor": "Google"}
@@ -165,7 +165,7 @@ def _metadata(environ: Mapping[str, str]) -> str | None:
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
             return answer.read().decode("utf-8", "replace")
-    except (OSError, urllib.error.URLError):
+    except OSError:  # urllib's own errors are of this kind
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -42,6 +43,20 @@ class Hosts:
         self.said: list[str] = []
 
     def run(self) -> list[object]:
+        """What comes of each process' part."""
+        return together(*self.parts())
+
+    def start(self) -> None:
+        """Run the parts and wait for none: their processes would end under them."""
+
+        def quietly(part: Callable[[], int]) -> None:
+            with contextlib.suppress(BaseException):
+                part()
+
+        for part in self.parts():
+            threading.Thread(target=quietly, args=(part,), daemon=True).start()
+
+    def parts(self) -> list[Callable[[], int]]:
         def lead() -> int:
             group, engine = self.groups[0], self.engines[0]
 
@@ -63,9 +78,7 @@ class Hosts:
             return follow(self.groups[index], load)
 
         parts = [lead, *(lambda i=i: obey(i) for i in range(1, len(self.groups)))]
-        return together(
-            *(lambda g=g, p=p: take_part(g, p) for g, p in zip(self.groups, parts, strict=True))
-        )
+        return [lambda g=g, p=p: take_part(g, p) for g, p in zip(self.groups, parts, strict=True)]
 
     def answers(self) -> dict[int, list[int]]:
         lines = self.output.read_text().splitlines() if self.output.exists() else []
@@ -244,8 +257,7 @@ def test_an_error_of_the_program_ends_all_and_keeps_its_traceback(
             raise ZeroDivisionError("planted")
 
     job = hosts(FakeEngine(), FakeEngine(fault), FakeEngine())
-    thread = threading.Thread(target=job.run, daemon=True)
-    thread.start()
+    job.start()
     for index in (0, 2):
         assert job.ends.wait_for(index) == EXIT_FAILURE
     said = capsys.readouterr().err
