@@ -16,10 +16,11 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from bailing_jax.engine.engine import Engine, fresh_seed
+from bailing_jax.engine.engine import Engine
 from bailing_jax.engine.exact_check import require_exact
 from bailing_jax.engine.programs import Programs
 from bailing_jax.engine.scoring import Scorer
+from bailing_jax.engine.seeds import FreshSeeds
 from bailing_jax.engine.stop import StopMatcher
 from bailing_jax.engine_options import (
     DEFAULT_NUM_SEQS,
@@ -106,6 +107,7 @@ class LLM:
         self.chat_template = loaded.chat_template
         self.generation_config = loaded.generation_config
         self._name = loaded.name
+        self._seeds = FreshSeeds()
         self._eos_ids = _eos_ids(loaded.config.eos_token_ids, loaded.generation_config)
         programs = Programs(loaded.model, loaded.placement)
         limits, spec = loaded.limits, loaded.state_spec
@@ -375,7 +377,7 @@ class LLM:
             on_piece(piece)
             return piece.finish_reason is not None
 
-        seed = fresh_seed() if params.seed is None else (params.seed + index) % 2**64
+        seed = self._seeds.next() if params.seed is None else (params.seed + index) % 2**64
         self._engine.submit(
             request.prompt_token_ids,
             replace(params, n=1),

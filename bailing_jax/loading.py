@@ -19,6 +19,7 @@ from bailing_jax.config import SUPPORTED, ModelConfig
 from bailing_jax.engine.limits import EngineLimits
 from bailing_jax.engine_options import EngineOptions
 from bailing_jax.errors import EXIT_USAGE, UserError
+from bailing_jax.layers import expert_exchange
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.memory import MemoryPlan, plan_memory
 from bailing_jax.model import BailingForCausalLM
@@ -194,7 +195,9 @@ def _checked(
     for line in _in_words(config, runtime_options, plan.limits, options):
         report(line)
     if placement is not None:
-        report(f"mesh {mesh}: {mesh.num_devices} of {jax.device_count()} devices, each of them:")
+        choices = config.moe.num_experts_per_token
+        how = expert_exchange.in_words(runtime_options.parallel, choices, runtime.platform())
+        report(f"mesh {mesh}: {mesh.num_devices} of {jax.device_count()} devices; {how}; each has")
     report(_memory_in_words(plan))
     return runtime_options, plan.limits, plan.spec, placement
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bailing_jax import sharding
 from bailing_jax.config import ModelConfig
+from bailing_jax.errors import UserError
 from bailing_jax.mesh import MeshShape, check_devices, check_mesh
 from bailing_jax.params import Param
 from bailing_jax.sharding import AXES, ROWS, TENSOR, Box, local_config
@@ -41,7 +42,8 @@ class Placement:
         mesh: jax's.
 
     Raises:
-        UserError: the mesh does not divide the model, or there are fewer devices.
+        UserError: the mesh does not divide the model, there are fewer devices, or a process has
+            none of them.
     """
 
     def __init__(
@@ -59,6 +61,15 @@ class Placement:
             allow_split_physical_axes=True,
         )
         self.mesh = Mesh(chosen, AXES)
+        processes = jax.process_count()
+        without = processes - len({device.process_index for device in chosen.flat})
+        if without > 0:
+            raise UserError(
+                f"mesh: {shape} leaves {without} of {processes} processes without a device",
+                f"Use all {len(devices)} devices.",
+                2,
+                options=("mesh",),
+            )
 
     @property
     def rows(self) -> PartitionSpec:

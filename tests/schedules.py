@@ -2,14 +2,15 @@
 
 A schedule is a list of operations that anything may follow on anything: requests come, go, give
 way and end in the middle of steps with any budget, cuts and order. Requests come from a fixed pool
-whose runs alone are made once. After every step the state of every running request, and at its end
-its tokens and log probabilities, are those it had alone: bit for bit in exact mode, within the
-bounds of `tolerances` otherwise.
+whose runs alone are made once, by one device; the schedule may run on several shards. After every
+step the state of every running request, and at its end its tokens and log probabilities, are those
+it had alone: bit for bit in exact mode, within the bounds of `tolerances` otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,13 +18,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from looped import looped_engine
 from random_checkpoints import V2
 from tiny_models import LATENT, LINEAR, tiny_llm
 from tolerances import TOLERANCES
 
+from bailing_jax.engine.calls import Call
 from bailing_jax.engine.engine import Engine
 from bailing_jax.engine.limits import EngineLimits
-from bailing_jax.engine.scheduler import Sequence, StepPlan
+from bailing_jax.engine.scheduler import Scheduler, Sequence, StepPlan
+from bailing_jax.engine.shards import CallPlan, call_of_nobody
+from bailing_jax.engine.sizes import decode_size
 from bailing_jax.layer_plan import layer_plan
 from bailing_jax.sampling_params import SamplingParams, resolve
 
@@ -132,14 +137,60 @@ class Bench:
         small = {"small_prefills": (1, 16)} if exact else {}
         limits = EngineLimits(4, 96, chunk, 16, max_num_pages=8, exact=exact, **small)
         spec = limits.state_spec("float32", "float32")
-        self.name, self.exact = name, exact
+        self.name, self.exact, self.shards = name, exact, 1
+        self.config, self.limits = llm.config, limits
         self.engine = Engine(llm._engine._programs, llm.config, limits, spec)
-        self._recurrent = [layer.attention == "lightning" for layer in layer_plan(llm.config)]
-        self._page_size = limits.page_size
         self.pool = make_pool(random.Random(f"pool {seed}"), pool)
+        self._alone: dict[int, Trace] = {}
+        self._one_device: Bench | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self._recurrent = [layer.attention == "lightning" for layer in layer_plan(self.config)]
+        self._page_size = self.limits.page_size
+        self.done = 0
         self.counts: Counter[str] = Counter()
         self.pairs: Counter[tuple[str, str]] = Counter()
-        self._alone: dict[int, Trace] = {}
+
+    def on_shards(self, shards: int) -> Bench:
+        """The same programs, requests and sizes, in each of several shards."""
+        made = copy.copy(self)
+        made.shards, made._one_device = shards, self
+        made.limits = replace(self.limits, num_shards=shards)
+        made.engine = looped_engine(self.engine._programs, self.config, made.limits)
+        made._start()
+        made._count_calls()
+        return made
+
+    def _count_calls(self) -> None:
+        """How often shards share a call, and how often one has nothing in it."""
+        engine = self.engine
+
+        def call(plan: CallPlan) -> Call:
+            busy = [bool(part.decodes or part.segments) for part in plan.shards]
+            prefills = [bool(part.segments) for part in plan.shards]
+            self.counts["calls of several shards"] += sum(busy) > 1
+            self.counts["calls with an idle shard"] += any(busy) and not all(busy)
+            self.counts["one prefills, one does not"] += any(prefills) and not all(prefills)
+            return type(engine)._call(engine, plan)
+
+        engine._call = call  # type: ignore[method-assign]
+
+    @property
+    def schedulers(self) -> list[Scheduler]:
+        """Of all shards."""
+        return [shard.scheduler for shard in self.engine._shards.all]
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Whoever has no slot."""
+        waiting = [s for scheduler in self.schedulers for s in scheduler.waiting]
+        return [*waiting, *self.engine._shards.waiting]
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Whoever has one."""
+        return [s for scheduler in self.schedulers for s in scheduler.running]
 
     def run(self, schedule: list[Op]) -> None:
         """Run a schedule to the end of its requests.
@@ -155,12 +206,15 @@ class Bench:
             for op in schedule:
                 run.do(op)
             run.finish()
+            self.done += 1
         except Exception:
             self.engine._start_afresh()
             raise
 
     def alone(self, index: int) -> Trace:
         """What a request of the pool gives with nobody beside it, one token a call."""
+        if self._one_device is not None:
+            return self._one_device.alone(index)
         if index not in self._alone:
             wanted, trace = self.pool[index], Trace()
             # Log probabilities show by how much a token won, where two are nearly equal.
@@ -184,6 +238,7 @@ class Bench:
         owned = []
         for is_recurrent, leaf in zip(self._recurrent, self.engine._state.layers, strict=True):
             array = np.asarray(leaf)
+            array = array.reshape(self.shards, -1, *array.shape[1:])[sequence.shard]
             if is_recurrent:
                 owned.append(array[sequence.slot.slot].copy())
                 continue
@@ -194,25 +249,29 @@ class Bench:
 
 
 @contextlib.contextmanager
-def _in_order(engine: Engine, key: int | None) -> Iterator[None]:
+def _in_order(schedulers: list[Scheduler], key: int | None) -> Iterator[None]:
     """Within it a step's plans have their rows shuffled; None leaves them alone."""
     if key is None:
         yield
         return
-    scheduler, rng = engine._scheduler, random.Random(key)
-    plan = scheduler.plan
+    rng = random.Random(key)
 
-    def shuffled(**wishes: Any) -> StepPlan:
-        made = plan(**wishes)
-        decodes = rng.sample(made.decodes, len(made.decodes))
-        segments = rng.sample(made.segments, len(made.segments))
-        return replace(made, decodes=tuple(decodes), segments=tuple(segments))
+    def shuffling(plan: Callable[..., StepPlan]) -> Callable[..., StepPlan]:
+        def shuffled(**wishes: Any) -> StepPlan:
+            made = plan(**wishes)
+            decodes = rng.sample(made.decodes, len(made.decodes))
+            segments = rng.sample(made.segments, len(made.segments))
+            return replace(made, decodes=tuple(decodes), segments=tuple(segments))
 
-    scheduler.plan = shuffled  # type: ignore[method-assign]
+        return shuffled
+
+    for scheduler in schedulers:
+        scheduler.plan = shuffling(scheduler.plan)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del scheduler.plan
+        for scheduler in schedulers:
+            del scheduler.plan
 
 
 def _listener(
@@ -253,15 +312,14 @@ class _Run:
             self._step(8, 0)
         else:
             raise Wrong(f"somebody starves: {[r.number for r in self.live]}")
-        scheduler = self.engine._scheduler
-        for ledger in (scheduler.slots, scheduler.pages):
+        for ledger in [x for s in self.bench.schedulers for x in (s.slots, s.pages)]:
             if ledger.num_free != ledger.capacity:
                 raise Wrong(f"{type(ledger).__name__}: {ledger.num_free} of {ledger.capacity} free")
 
     # The operations: each returns whether it had anything to do.
 
     def _submit(self, index: int, _b: int) -> bool:
-        if self.engine._scheduler.waiting:
+        if self.bench.waiting:
             self.bench.counts["submitted while others wait"] += 1
         live = _Live(index, self.engine.new_number(), Trace())
         wanted = self.bench.pool[index]
@@ -286,17 +344,17 @@ class _Run:
     def _step(self, a: int, b: int, **wishes: Any) -> bool:
         if not self.engine.has_work:
             return False
-        scheduler = self.engine._scheduler
-        before = {s.number: s.num_preempted for s in [*scheduler.running, *scheduler.waiting]}
-        with _in_order(self.engine, self._order):
+        bench = self.bench
+        before = {s.number: s.num_preempted for s in [*bench.running, *bench.waiting]}
+        with _in_order(bench.schedulers, self._order):
             self.engine.step(max_steps=1 + a % 8, ahead=b % 3 > 0, **wishes)
         self._order = None
         chosen = wishes.get("preempt", ())
-        for sequence in [*scheduler.running, *scheduler.waiting]:
+        for sequence in [*bench.running, *bench.waiting]:
             if sequence.num_preempted > before.get(sequence.number, 0):
                 forced = sequence.number in chosen
-                self.bench.counts["preempted" if forced else "gave way for pages"] += 1
-        self.bench.counts["calls started ahead"] += self.engine._ahead is not None
+                bench.counts["preempted" if forced else "gave way for pages"] += 1
+        bench.counts["calls started ahead"] += self.engine._ahead is not None
         self._check()
         return True
 
@@ -313,7 +371,7 @@ class _Run:
         return True
 
     def _preempt(self, a: int, b: int) -> bool:
-        running = [sequence.number for sequence in self.engine._scheduler.running]
+        running = [sequence.number for sequence in self.bench.running]
         if not running:
             return False
         return self._step(b, a, preempt={running[a % len(running)]})
@@ -335,9 +393,10 @@ class _Run:
 
     def _dummy(self, _a: int, _b: int) -> bool:
         """A step of nobody changes no byte, once debug mode has poisoned what is free."""
-        self.engine._call(StepPlan((), ()))
+        nobody = call_of_nobody(decode_size(self.bench.limits, 0), self.bench.shards)
+        self.engine._call(nobody)
         before = [np.asarray(leaf).tobytes() for leaf in self.engine._state.layers]
-        self.engine._call(StepPlan((), ()))
+        self.engine._call(nobody)
         after = [np.asarray(leaf).tobytes() for leaf in self.engine._state.layers]
         if before != after:
             raise Wrong("a step of nobody changed the state")

@@ -44,6 +44,8 @@ def config_of(preset: str, **changes: object) -> ModelConfig:
 def small(preset: str) -> ModelConfig:
     """Few layers and experts, so that every element can be counted."""
     sizes = {"num_hidden_layers": 2, "hidden_size": 16, "vocab_size": 64, "num_experts": 24}
+    if preset != "ling-mini-2.0":
+        sizes["layer_group_size"] = 2  # one lightning layer, then one of softmax attention
     widths = {"intermediate_size": 32, "moe_intermediate_size": 8, "n_group": 4, "topk_group": 2}
     return config_of(preset, **sizes, **widths, moe_shared_expert_intermediate_size=16)
 

@@ -42,6 +42,19 @@ def bench() -> Bench:
     return made
 
 
+@pytest.mark.parametrize("shards", [2, 3])
+def test_r033_r097_on_several_shards_each_request_is_what_one_device_answers(
+    bench: Bench, shards: int
+) -> None:
+    """Exact mode, to the bit: state, tokens and log probabilities of the right shard."""
+    several = bench.on_shards(shards)
+    run(several, 6)
+    assert several.counts["states compared"] > 50
+    assert several.counts["answers compared"] > 10
+    assert several.counts["calls of several shards"] > 10
+    assert several.counts["calls with an idle shard"] > 10
+
+
 def forgets_to_reset(patch: pytest.MonkeyPatch, _bench: Bench) -> None:
     """Who gave way goes on as if it had its state still."""
     preempt = Scheduler._preempt

@@ -376,8 +376,3 @@ def _not_finite(sequence: Sequence) -> NotFiniteError:
 
 def _ignore(_what: object) -> None:
     """What becomes of a report nobody asked for."""
-
-
-def fresh_seed() -> int:
-    """A seed for a request that names none."""
-    return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])

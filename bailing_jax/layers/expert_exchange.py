@@ -4,6 +4,8 @@
     each device: the choices whose expert it has (a part of its width), nothing for the others
     back: each shard gets its own rows, summed over those devices
 
+or, where there are more shards than that pays for, `expert_send`: each choice to its expert alone.
+
 No choice is ever dropped, however unevenly rows choose. Both what is gathered and what the experts
 work on at a time are bounded, however many shards there are. The sum over the devices of one shard
 is left to the caller, who has more to add to it.
@@ -11,11 +13,13 @@ is left to the caller, who has more to add to it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from bailing_jax.layers import expert_send
 from bailing_jax.layers.parallel import Parallel, num_blocks
 
 # (x, ids, weights, exists) -> [t, d]
@@ -61,15 +65,39 @@ def exchange(
     if parallel.expert == 1:
         return local(x, ids, weights, exists)
 
-    def block(arrays):
+    def gathered(arrays):
         return parallel.sum_of_rows(local(*map(parallel.gather_rows, arrays)))
 
+    def sent(arrays):
+        some = functools.partial(_where_chosen, run, num_here)
+        return expert_send.send(parallel, some, num_here, *arrays)
+
     rows, d = x.shape
-    count = num_blocks(rows, parallel.expert * d * (x.dtype.itemsize + 4), _GATHERED_BYTES)
+    moved = parallel.expert
+    block = gathered
+    if sends(parallel, ids.shape[1]):
+        # Rounds have room for twice the choices, which come back into as many rows.
+        moved, block = 3 * ids.shape[1], sent
+    count = num_blocks(rows, moved * d * (x.dtype.itemsize + 4), _GATHERED_BYTES)
     if count == 1:
         return block((x, ids, weights, exists))
     cut = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), (x, ids, weights, exists))
     return jax.lax.map(block, cut).reshape(rows, d)
+
+
+def sends(parallel: Parallel, choices: int) -> bool:
+    """Whether choices are sent: it moves two rows a choice, where gathering moves one a shard."""
+    return parallel.expert > 2 * choices
+
+
+def in_words(parallel: Parallel, choices: int, platform: str) -> str:
+    """Which way rows and experts meet, for a person."""
+    if parallel.expert == 1:
+        return "routed rows stay where they are"
+    if not sends(parallel, choices):
+        return f"routed rows are gathered from {parallel.expert} shards"
+    ragged = " (ragged all-to-all)" * (platform in expert_send.RAGGED)
+    return f"routed rows are sent to their experts among {parallel.expert} shards{ragged}"
 
 
 def _where_chosen(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from bailing_jax.config import ModelConfig
 from bailing_jax.mesh import MeshShape, tensor_axes
-from bailing_jax.sharding import EXPERT, ROWS, TENSOR, TENSOR_EXPERTS
+from bailing_jax.sharding import AXES, EXPERT, ROWS, TENSOR, TENSOR_EXPERTS
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,49 @@ class Parallel:
             return jax.lax.psum_scatter(y, EXPERT, tiled=True)
         parts = y.reshape(self.expert, -1, *y.shape[1:])
         return _in_order(jax.lax.all_to_all(parts, EXPERT, 0, 0))
+
+    def expert_index(self) -> jax.Array:
+        """This device's place among the shards that divide the experts."""
+        return jax.lax.axis_index(EXPERT)
+
+    def experts_index(self) -> jax.Array | int:
+        """Its place among the devices of a shard that divide the shard's experts."""
+        return jax.lax.axis_index(TENSOR_EXPERTS) if self.tensor_experts > 1 else 0
+
+    def gather_counts(self, counts: jax.Array) -> jax.Array:
+        """[shards, ...]: those of every shard that divides the experts."""
+        return jax.lax.all_gather(counts, EXPERT)
+
+    def largest(self, number: jax.Array) -> jax.Array:
+        """The largest on any device: loops around sums run equally often everywhere."""
+        return jax.lax.pmax(number, AXES)
+
+    def swap_places(self, y: jax.Array) -> jax.Array:
+        """Of [shards x places, ...], part i goes to shard i and comes from shard i."""
+        return jax.lax.all_to_all(y, EXPERT, 0, 0, tiled=True)
+
+    def ragged(
+        self,
+        values: jax.Array,
+        room: jax.Array,
+        starts: jax.Array,
+        going: jax.Array,
+        places: jax.Array,
+        coming: jax.Array,
+    ) -> jax.Array:
+        """`room` with the rows of others written into it; XLA has it for TPUs and GPUs only.
+
+        Args:
+            values: rows to send.
+            room: where the others' rows go.
+            starts: int32 [shards], where each shard's rows begin among `values`.
+            going: int32 [shards], how many.
+            places: int32 [shards], where they begin in that shard's room.
+            coming: int32 [shards], how many that shard sends.
+        """
+        return jax.lax.ragged_all_to_all(
+            values, room, starts, going, places, coming, axis_name=EXPERT
+        )
 
     def _sum(self, y: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         if not self.ordered:

@@ -286,7 +286,7 @@ def test_what_is_said_to_be_needed_is_what_is_allocated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs: dict[str, int] = {}
-    monkeypatch.setattr(loading.runtime, "check_fits", lambda n, _fraction: needs.update(n))
+    monkeypatch.setattr(loading.runtime, "check_fits", lambda n, *_: needs.update(n))
     loaded = start(
         write(tmp_path), dtype="bfloat16", state_dtype="float32", max_num_seqs=3, max_model_len=200
     )

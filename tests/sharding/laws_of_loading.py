@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -110,21 +112,35 @@ def test_r111_values_no_weight_has_are_refused_by_name(tmp_path: Path) -> None:
         LLM(tmp_path, mesh="expert=4", report=lambda _line: None)
 
 
+SIZES: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 96, "prefill_chunk": 16}
+
+
 def answers(llm: LLM, **fields: Any) -> list[Any]:
     params = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True, **fields)
     return [request.outputs[0] for request in llm.generate(PROMPTS, params)]
 
 
-@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "auto", {"tensor": 4}], ids=str)
-def test_an_llm_on_a_mesh_answers_as_on_one_device(tmp_path: Path, mesh: Any) -> None:
-    folder, lines = written(tmp_path, "linear"), []
-    sizes: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 96, "prefill_chunk": 16}
-    one = LLM(folder, report=lambda _line: None, **sizes)
-    llm = LLM(folder, mesh=mesh, report=lines.append, **sizes)
-    shape = "data=1,expert=1,tensor=8" if mesh == "auto" else str(MeshShape.parse(mesh))
-    assert any(line.startswith(f"mesh {shape}: ") for line in lines)
-    for got, want in zip(answers(llm), answers(one), strict=True):
+@functools.cache
+def one_device() -> LLM:
+    with tempfile.TemporaryDirectory() as folder:
+        return LLM(written(Path(folder), "linear"), report=lambda _line: None, **SIZES)
+
+
+@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "auto"])
+def test_an_llm_on_a_mesh_answers_as_on_one_device(tmp_path: Path, mesh: str) -> None:
+    lines: list[str] = []
+    llm = LLM(written(tmp_path, "linear"), mesh=mesh, report=lines.append, **SIZES)
+    shape = "data=1,expert=1,tensor=8" if mesh == "auto" else mesh
+    assert any(line.startswith(f"mesh {shape}: 8 of 8 devices; ") for line in lines)
+    for got, want in zip(answers(llm), answers(one_device()), strict=True):
         assert got.token_ids == want.token_ids
+
+
+def test_what_an_llm_on_a_mesh_says_of_texts_and_tokens(tmp_path: Path) -> None:
+    llm = LLM(
+        written(tmp_path, "linear"), mesh={"data": 2, "tensor": 4}, report=lambda _: None, **SIZES
+    )
+    one = one_device()
     for got, want in zip(answers(llm, logprobs=2), answers(one, logprobs=2), strict=True):
         assert got.token_ids == want.token_ids
         for some, others in zip(got.logprobs, want.logprobs, strict=True):
@@ -144,10 +160,8 @@ def test_exact_mode_gives_a_request_the_same_bits_in_company(tmp_path: Path) -> 
         written(tmp_path, "linear"),
         mesh="expert=2,tensor=2",
         batch_invariant=True,
-        max_num_seqs=4,
-        max_model_len=96,
-        prefill_chunk=16,
         report=lambda _line: None,
+        **SIZES,
     )
     params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True, logprobs=1)
     together = [request.outputs[0] for request in llm.generate(PROMPTS, params)]

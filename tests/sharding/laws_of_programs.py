@@ -14,6 +14,7 @@ from mesh_models import PAGE, SPEC, WIDTH, config_of, programs, run_on
 from bailing_jax.batch import BatchLayout, pack, stack
 from bailing_jax.engine import sampler
 from bailing_jax.engine.programs import Programs
+from bailing_jax.layers import expert_exchange
 from bailing_jax.mesh import MeshShape
 from bailing_jax.row import Row
 
@@ -86,9 +87,16 @@ def test_the_state_is_updated_in_place(mesh: MeshShape, prefill: int) -> None:
     assert analysis.alias_size_in_bytes == share
 
 
-@pytest.mark.parametrize("mesh", [MeshShape(1, 2, 2), MeshShape(2, 1, 4)], ids=str)
-def test_exact_mode_a_row_is_the_same_wherever_it_runs(mesh: MeshShape) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "sends"),
+    [(MeshShape(1, 2, 2), False), (MeshShape(1, 2, 2), True), (MeshShape(2, 1, 4), False)],
+    ids=str,
+)
+def test_exact_mode_a_row_is_the_same_wherever_it_runs(
+    mesh: MeshShape, sends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A prompt alone in the first shard, and in each shard, later rows, slots and pages."""
+    monkeypatch.setattr(expert_exchange, "sends", lambda *_: sends)
     made = programs("linear", mesh, exact=True)
     rng = np.random.default_rng(5)
     words = rng.integers(0, 200, (3, 6)).tolist()

@@ -12,11 +12,23 @@ from mesh_models import CONFIGS, Seen, config_of, programs, run_alone, run_on
 from tolerances import TOLERANCES
 
 from bailing_jax.engine.programs import NOTHING
-from bailing_jax.layers import expert_exchange
+from bailing_jax.layers import expert_exchange, expert_send
+from bailing_jax.layers.parallel import Parallel
 from bailing_jax.mesh import MeshShape, meshes
 
+# The others take minutes, and differ from these in nothing but sizes.
+USUAL = {
+    "linear": [(1, 1, 8), (1, 2, 4), (2, 2, 2), (1, 8, 1), (8, 1, 1), (1, 4, 1)],
+    "latent": [(1, 2, 4), (2, 4, 1), (1, 1, 2)],
+    "softmax": [(1, 2, 4), (1, 3, 2)],
+}
 MESHES = [
-    (name, mesh)
+    pytest.param(
+        name,
+        mesh,
+        marks=[] if (mesh.data, mesh.expert, mesh.tensor) in USUAL[name] else pytest.mark.slow,
+        id=f"{name}-{mesh}",
+    )
     for name in CONFIGS
     for devices in (8, 6, 4, 3, 2)
     for mesh in meshes(config_of(name), devices)
@@ -31,8 +43,7 @@ def alone(name: str) -> list[Seen]:
 
 def test_there_are_eight_devices() -> None:
     assert len(jax.devices()) == 8
-    shapes = {(m.data, m.expert, m.tensor) for name, m in MESHES if name == "linear"}
-    assert {(1, 1, 8), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (2, 1, 4)} <= shapes
+    assert sum(not case.marks for case in MESHES) == sum(map(len, USUAL.values()))
 
 
 def test_the_exchange_in_blocks_and_parts_drops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +56,35 @@ def test_the_exchange_in_blocks_and_parts_drops_nothing(monkeypatch: pytest.Monk
     compare("linear", MeshShape(1, 4, 2))
 
 
-@pytest.mark.parametrize(("name", "mesh"), MESHES, ids=str)
+@pytest.mark.parametrize("quota", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [("linear", MeshShape(1, 4, 2)), ("softmax", MeshShape(1, 2, 4)), ("latent", MeshShape(2, 4))],
+    ids=str,
+)
+def test_choices_that_are_sent_give_the_same(
+    name: str, mesh: MeshShape, quota: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one round and in many, with whole experts and parts of their width on a line."""
+    monkeypatch.setattr(expert_exchange, "sends", lambda *_: True)
+    monkeypatch.setattr(expert_send, "quota_of", lambda *_: quota)
+    compare(name, mesh)
+
+
+def test_many_shards_send_and_few_gather() -> None:
+    assert not expert_exchange.sends(Parallel(expert=16), 8)
+    assert expert_exchange.sends(Parallel(expert=17), 8)
+    assert "gathered from 16 shards" in expert_exchange.in_words(Parallel(expert=16), 8, "tpu")
+    assert "sent" in (words := expert_exchange.in_words(Parallel(expert=17), 8, "tpu"))
+    assert "(ragged all-to-all)" in words
+    assert "ragged" not in expert_exchange.in_words(Parallel(expert=17), 8, "cpu")
+    # Eight choices a row among 64 shards: an even share is an eighth, and there is room for two.
+    assert expert_send.quota_of(Parallel(expert=64), 1024, 8) == 256
+    assert expert_send.quota_of(Parallel(expert=64, tensor_experts=4), 1024, 8) == 64
+    assert expert_send.quota_of(Parallel(expert=64), 8, 8) == 4
+
+
+@pytest.mark.parametrize(("name", "mesh"), MESHES)
 def test_r091_a_mesh_gives_the_answers_of_one_device(name: str, mesh: MeshShape) -> None:
     compare(name, mesh)
 
