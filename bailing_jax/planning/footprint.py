@@ -155,13 +155,21 @@ def _expert_bytes(config: ModelConfig, mesh: MeshShape, rows: int, item: int) ->
     d, gathered = config.hidden_size, 0
     copied = config.moe.num_experts_per_token * d * (item + 2 * _FLOAT32)
     if mesh.expert > 1:
-        row = mesh.expert * d * (item + _FLOAT32)
+        # Sent choices have room for twice as many, and come back into as many rows.
+        choices = config.moe.num_experts_per_token
+        moved = 3 * choices if sends(config, mesh) else mesh.expert
+        row = moved * d * (item + _FLOAT32)
         blocks = num_blocks(rows, row, GATHERED_BYTES)
         gathered = rows // blocks * row
-        rows = rows // blocks * mesh.expert
+        rows = rows // blocks * moved
     if mesh.expert * mesh.tensor > 1:
         rows //= num_blocks(rows, copied, COPIED_BYTES)
     return gathered + rows * copied
+
+
+def sends(config: ModelConfig, mesh: MeshShape) -> bool:
+    """Whether choices are sent to their experts' shards, in place of gathering all rows."""
+    return mesh.expert > 2 * config.moe.num_experts_per_token
 
 
 def num_blocks(rows: int, row_bytes: int, allowed_bytes: int) -> int:

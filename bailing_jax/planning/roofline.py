@@ -4,7 +4,8 @@
                   choose), state in and out, pages read, over the HBM rate
     compute       two FLOPs a weight and row, and attention's own, over the bfloat16 rate
     interconnect  two sums over `tensor` a layer, in float32; every row to all shards that share
-                  its experts, and back as a sum; the logits over `tensor`
+                  its experts and back as a sum, or, where those are many, each choice to its
+                  expert and back; the logits over `tensor`
 
 Experts are taken to be chosen evenly and independently, activations to stay on the chip, kernels
 to start in no time: what comes out is a bound and no forecast. `bound_seconds` lets all three
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 from bailing_jax.config import ModelConfig
 from bailing_jax.layer_plan import layer_plan
-from bailing_jax.mesh import MeshShape
+from bailing_jax.mesh import MeshShape, tensor_axes
 from bailing_jax.planning import footprint
 from bailing_jax.planning.model import PlannedModel
 from bailing_jax.planning.topology import Topology
@@ -266,12 +267,21 @@ def interconnect_seconds(
         seconds += lightning * _gather_seconds(topology, means, mesh.tensor)
     logits = rows.sequences * config.vocab_size * _FLOAT32
     seconds += _gather_seconds(topology, logits, mesh.tensor)
-    # Rows and choices of all shards there; back a part of each shard's sum.
-    there = rows.count * d * ITEM_BYTES[load.dtype] * mesh.expert
+    # There in the model's dtype, back in float32.
+    moved = rows.count * d * moved_rows(config, mesh)
     moe_layers = sum(layer.mlp == "moe" for layer in plan)
-    for size in (there, wide * mesh.expert):
+    for size in (moved * ITEM_BYTES[load.dtype], moved * _FLOAT32):
         seconds += moe_layers * _gather_seconds(topology, size, mesh.expert, stride=mesh.tensor)
     return seconds
+
+
+def moved_rows(config: ModelConfig, mesh: MeshShape) -> float:
+    """How many rows the exchange moves for one, over a device's links: one a shard where all are
+    gathered; where choices are sent, those whose expert is in this device's share of each shard."""
+    if not footprint.sends(config, mesh):
+        return mesh.expert
+    whole, _ = tensor_axes(config, mesh)
+    return config.moe.num_experts_per_token / whole
 
 
 def _gather_seconds(topology: Topology, num_bytes: float, devices: int, stride: int = 1) -> float:

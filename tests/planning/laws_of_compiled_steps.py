@@ -13,9 +13,10 @@ import pytest
 from tiny_models import LATENT, LINEAR
 
 from bailing_jax.config import ModelConfig
+from bailing_jax.errors import EXIT_DOES_NOT_FIT, UserError
 from bailing_jax.mesh import MeshShape
-from bailing_jax.planning import footprint, hlo, model, steps
-from bailing_jax.planning.compiled_step import CompiledStep
+from bailing_jax.planning import compiled, footprint, model, ranking, report, steps
+from bailing_jax.planning.topology import parse
 from bailing_jax.planning.workload import FP8, Workload, workload
 
 WIDE: dict[str, Any] = {
@@ -61,6 +62,14 @@ def test_bytes_are_those_of_the_programs_arguments(
     assert held(built.state) == needs["recurrent_state"] + needs["pages"]
 
 
+@pytest.fixture
+def on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of described TPUs and their compiler: these eight devices and theirs."""
+    monkeypatch.setattr(compiled, "prepare", lambda _topology: None)
+    monkeypatch.setattr(compiled, "_devices", lambda _topology: jax.devices())
+
+
+@pytest.mark.usefixtures("on_cpus")
 @pytest.mark.parametrize(
     ("name", "mesh", "weight_dtype"),
     [("latent", MeshShape(2, 2, 2), FP8), ("linear", MeshShape(expert=2, tensor=4), "bfloat16")],
@@ -70,17 +79,43 @@ def test_compiled_steps(name: str, mesh: MeshShape, weight_dtype: str) -> None:
     found, load = planned(name, weight_dtype)
     needs = footprint.footprint(found, mesh, load).needs
     state = needs["recurrent_state"] + needs["pages"]
-    names = []
-    for step, _rows, lower in steps.traceable(found.config, jax.devices(), mesh, load):
-        compiled = lower().compile()
-        memory = compiled.memory_analysis()
+    where, said = parse("v6e:2x4"), []
+    made = compiled.steps(found, where, mesh, load, said.append)
+    assert [step.name for step in made] == ["decode", "prefill"]
+    assert said == [f"compiling the {step.name} step for v6e:2x4" for step in made]
+    rows = load.decode_rows(mesh)
+    assert [step.rows_a_shard for step in made] == [rows, rows + 16]
+    for step in made:
         # Beside weights and state only the layout: tokens, tables, knobs.
-        layout = memory.argument_size_in_bytes - needs["weights"] - state
-        assert 0 < layout < 4096
-        assert memory.alias_size_in_bytes >= state
-        collectives = hlo.collectives(compiled.as_text(), mesh)
-        made = CompiledStep(step, 0, 0, 0, 0, 0, collectives, 0, 0, 0)
-        assert made.beside_the_exchange(found.config.num_layers) == 2
-        assert any(x.over == "expert" and x.is_in_layer for x in collectives)
-        names.append(step)
-    assert names == ["decode", "prefill"]
+        assert 0 < step.argument_bytes - needs["weights"] - state < 4096
+        assert step.alias_bytes >= state
+        assert step.beside_the_exchange(found.config.num_layers) == 2
+        assert any(x.over == "expert" and x.is_in_layer for x in step.collectives)
+    chosen, ranked = ranking.chosen(found, where, str(mesh), load)
+    text = report.as_text(report.Plan(found, load, chosen, ranked, None, made))
+    assert "compiled for v6e:2x4, not run (bytes are a device's):" in text
+    assert "a layer has 2.00 beside the exchange" in text
+    plan = report.as_object(report.Plan(found, load, chosen, ranked, None, made))
+    assert [step["beside_the_exchange"] for step in plan["compiled"]] == [2, 2]
+
+
+class Refuses:
+    """In place of a lowered program: a compiler that says this."""
+
+    def __init__(self, says: str) -> None:
+        self.says = says
+
+    def compile(self) -> None:
+        raise jax.errors.JaxRuntimeError(self.says)
+
+
+@pytest.mark.parametrize(
+    "says", ["RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.", "no"]
+)
+def test_a_step_that_does_not_fit(says: str) -> None:
+    is_memory = "memory" in says
+    with pytest.raises(UserError if is_memory else jax.errors.JaxRuntimeError) as refused:
+        compiled._compiled("decode", 4, lambda: Refuses(says), parse("v6e:2x2"), MeshShape())
+    if isinstance(refused.value, UserError):
+        assert refused.value.exit_code == EXIT_DOES_NOT_FIT
+        assert "the decode step does not fit v6e:2x2: RESOURCE_EXHAUSTED" in refused.value.message

@@ -159,6 +159,12 @@ def test_input_axes(models: dict[str, model.PlannedModel]) -> None:
 def test_exchange_is_cut_as_the_layers_cut_it() -> None:
     assert footprint.GATHERED_BYTES == expert_exchange._GATHERED_BYTES
     assert footprint.COPIED_BYTES == expert_exchange._COPIED_BYTES
+    config = model.read("ling-2.6-1t").config
+    for expert in (1, 8, 16, 32):
+        mesh = MeshShape(expert=expert, tensor=8)
+        assert footprint.sends(config, mesh) == expert_exchange.sends(
+            parallel.Parallel.of(config, mesh), config.moe.num_experts_per_token
+        )
     for rows, row_bytes, allowed in ((528, 10**6, 2**28), (7, 2**28, 2**28), (12, 1, 100)):
         assert footprint.num_blocks(rows, row_bytes, allowed) == parallel.num_blocks(
             rows, row_bytes, allowed
