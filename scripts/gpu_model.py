@@ -60,11 +60,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="the shipped model on a GPU beside the CPU")
     parser.add_argument("--num", type=int, default=200, help="word problems")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="float32, or both: float32,bfloat16")
     parser.add_argument("--gpu", default="cuda", help="jax's platform in place of cuda")
     parser.add_argument("--out", type=Path, help="folder for gpu_model.json")
     args = parser.parse_args()
+    runs = [run for run in RUNS if run.dtype in args.dtypes.split(",")]
     with TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda run: evaluate(run, args, Path(folder)), RUNS))
+        found = list(pool.map(lambda run: evaluate(run, args, Path(folder)), runs))
     report = about(args) | {"runs": found}
     gpu, cpu = found[0], found[1]
     same = sum(a == b for a, b in zip(gpu["answers"], cpu["answers"], strict=False))
