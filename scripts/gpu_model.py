@@ -60,7 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="the shipped model on a GPU beside the CPU")
     parser.add_argument("--num", type=int, default=200, help="word problems")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="float32, or both: float32,bfloat16")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="float32 alone, or both")
     parser.add_argument("--gpu", default="cuda", help="jax's platform in place of cuda")
     parser.add_argument("--out", type=Path, help="folder for gpu_model.json")
     args = parser.parse_args()

@@ -7,8 +7,8 @@ Two models, on one device and on every mesh of --devices that cuts along one axi
 with word problems, and a random LinearV2 of about 1 B parameters with 32 experts (--tiny: a small
 one) with random prompts. In float32 every greedy token must be that of one device, and the logits
 of a prompt within the bound of a mesh. Of the random model also tokens/s in bfloat16, all requests
-at once, compiled before: wall times of the same call, best of 3. Prints one JSON object; exit code 1 if
-an answer differs.
+at once, compiled before: wall times of the same call, best of 3. Prints one JSON object; exit code
+1 if an answer differs.
 """
 
 from __future__ import annotations
