@@ -121,9 +121,6 @@ def _rules(config: ModelConfig, mesh: MeshShape):
     if config.lightning is not None:
         heads = config.lightning.num_heads
         yield "tensor", "the heads of lightning attention (num_attention_heads)", heads, even
-        groups = config.lightning.num_norm_groups
-        # A group's mean is summed over the devices that share it, so they must share evenly.
-        yield "tensor", "the groups of the norm (group_norm_size)", groups, even_or_copied
     softmax = config.gqa or config.mla
     if softmax is not None:
         yield "tensor", "the attention heads (num_attention_heads)", softmax.num_heads, even

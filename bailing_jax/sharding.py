@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from bailing_jax.config import ModelConfig
+from bailing_jax.config import Lightning, ModelConfig
 from bailing_jax.errors import UserError
 from bailing_jax.mesh import MeshShape, tensor_axes
 from bailing_jax.params import Param
@@ -123,6 +123,18 @@ def _fused(
     return (size,), (1,)
 
 
+def norm_parts(lightning: Lightning, tensor: int) -> tuple[int, int]:
+    """The largest parts of the norm's groups that lie whole on one device each.
+
+    Returns:
+        (parts a device, parts a group); 1 a group: no device shares one with another.
+    """
+    heads = lightning.num_heads // tensor
+    of_group = lightning.num_heads // lightning.num_norm_groups
+    part = math.gcd(heads, of_group)
+    return heads // part, of_group // part
+
+
 def local_config(config: ModelConfig, tensor: int) -> ModelConfig:
     """The model as one device's layers see it: its share of the heads and of the norm's groups.
 
@@ -130,9 +142,9 @@ def local_config(config: ModelConfig, tensor: int) -> ModelConfig:
     """
     lightning, gqa, mla = config.lightning, config.gqa, config.mla
     if lightning is not None:
-        groups = max(1, lightning.num_norm_groups // tensor)
         heads = lightning.num_heads // tensor
-        lightning = replace(lightning, num_heads=heads, num_norm_groups=groups)
+        parts, _ = norm_parts(lightning, tensor)
+        lightning = replace(lightning, num_heads=heads, num_norm_groups=parts)
     if gqa is not None:
         kv_heads = max(1, gqa.num_kv_heads // tensor)
         gqa = replace(gqa, num_heads=gqa.num_heads // tensor, num_kv_heads=kv_heads)

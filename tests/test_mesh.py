@@ -173,9 +173,8 @@ def test_a_device_sees_its_share_of_heads_and_groups() -> None:
         assert local.lightning is not None
         assert local.gqa is not None
         assert local.lightning.num_heads * tensor == config.lightning.num_heads
-        assert local.lightning.num_norm_groups == max(
-            1, config.lightning.num_norm_groups // tensor
-        )
+        groups = max(1, config.lightning.num_norm_groups // tensor)
+        assert local.lightning.num_norm_groups == groups
         assert local.gqa.num_kv_heads == max(1, config.gqa.num_kv_heads // tensor)
         assert (local.moe, local.vocab_size) == (config.moe, config.vocab_size)
 

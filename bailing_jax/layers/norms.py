@@ -5,7 +5,7 @@
 Statistics are float32; the normalised value is rounded to the input dtype before the weight
 multiplies, as the publishers do. The grouped norm takes the mean over each of `groups`
 contiguous parts of the last axis (the config's `group_norm_size` counts groups). Where a group
-lies on several devices, its mean is that of theirs.
+lies on several devices, `groups` counts the parts here and the mean is over all of a group's.
 """
 
 from __future__ import annotations
@@ -32,6 +32,6 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
         mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        mean = self.shared_by.mean_over_norm_peers(mean)
+        mean = self.shared_by.mean_over_groups(mean)
         y = (wide * jax.lax.rsqrt(mean + self.eps)).reshape(x.shape)
         return self.weight[...] * y.astype(x.dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from bailing_jax.config import ModelConfig
 from bailing_jax.mesh import MeshShape, tensor_axes
-from bailing_jax.sharding import AXES, EXPERT, ROWS, TENSOR, TENSOR_EXPERTS
+from bailing_jax.sharding import AXES, EXPERT, ROWS, TENSOR, TENSOR_EXPERTS, norm_parts
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Parallel:
         expert: shards that divide the routed experts.
         tensor_experts: devices of a shard that divide a shard's experts.
         tensor_width: those that divide the width of each expert.
-        norm_peers: neighbours along TENSOR that share one group of lightning attention's norm.
+        parts_a_group: parts of one group of lightning attention's norm, which lie on neighbours
+            along TENSOR, or some of them on one device.
         ordered: sums are made in the order of the devices, so that a row's bits do not depend on
             where it lies; a ring adds different rows in different orders.
     """
@@ -36,15 +37,14 @@ class Parallel:
     expert: int = 1
     tensor_experts: int = 1
     tensor_width: int = 1
-    norm_peers: int = 1
+    parts_a_group: int = 1
     ordered: bool = False
 
     @classmethod
     def of(cls, config: ModelConfig, mesh: MeshShape, *, ordered: bool = False) -> Parallel:
         """The devices of a mesh that divides this model."""
-        groups = config.lightning.num_norm_groups if config.lightning else mesh.tensor
-        peers = max(1, mesh.tensor // groups)
-        return cls(mesh.data, mesh.expert, *tensor_axes(config, mesh), peers, ordered)
+        parts = norm_parts(config.lightning, mesh.tensor)[1] if config.lightning else 1
+        return cls(mesh.data, mesh.expert, *tensor_axes(config, mesh), parts, ordered)
 
     @property
     def num_devices(self) -> int:
@@ -86,15 +86,16 @@ class Parallel:
         """This device's place among those that share its rows."""
         return jax.lax.axis_index(TENSOR)
 
-    def mean_over_norm_peers(self, mean: jax.Array) -> jax.Array:
-        """The mean over a whole group, of every device's mean over its part."""
-        if self.norm_peers == 1:
-            return mean
-        means = jax.lax.all_gather(mean, TENSOR)
-        start = self.tensor_index() // self.norm_peers * self.norm_peers
-        return _in_order(jax.lax.dynamic_slice_in_dim(means, start, self.norm_peers)) / (
-            self.norm_peers
-        )
+    def mean_over_groups(self, means: jax.Array) -> jax.Array:
+        """For each part [..., parts, 1] of a norm's groups here, the mean over its whole group."""
+        if self.parts_a_group == 1:
+            return means
+        here = means.shape[-2]
+        every = jax.lax.all_gather(means[..., 0], TENSOR, axis=-1, tiled=True)
+        groups = every.reshape(*every.shape[:-1], -1, self.parts_a_group)
+        whole = _in_order(jnp.moveaxis(groups, -1, 0)) / self.parts_a_group
+        mine = (self.tensor_index() * here + jnp.arange(here)) // self.parts_a_group
+        return whole[..., mine, None]
 
     def any_shard(self, flag: jax.Array) -> jax.Array:
         """Whether a flag is up in any shard: the same answer on every device."""

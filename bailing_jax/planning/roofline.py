@@ -25,7 +25,7 @@ from bailing_jax.planning import footprint
 from bailing_jax.planning.model import PlannedModel
 from bailing_jax.planning.topology import Topology
 from bailing_jax.planning.workload import ITEM_BYTES, Workload
-from bailing_jax.sharding import local_shape
+from bailing_jax.sharding import local_shape, norm_parts
 
 # Rows of a block of the chunked recurrence.
 _CHUNK = 64
@@ -262,9 +262,11 @@ def interconnect_seconds(
     wide = rows.count * d * _FLOAT32
     # The embedding, and of each layer the output of attention and of the feed-forward part.
     seconds = (2 * len(plan) + 1) * 2 * _gather_seconds(topology, wide, mesh.tensor)
-    if (att := config.lightning) is not None and mesh.tensor > att.num_norm_groups:
-        means = rows.count * _FLOAT32 * mesh.tensor
-        seconds += lightning * _gather_seconds(topology, means, mesh.tensor)
+    if config.lightning is not None:
+        here, of_group = norm_parts(config.lightning, mesh.tensor)
+        if of_group > 1:
+            means = rows.count * _FLOAT32 * here * mesh.tensor
+            seconds += lightning * _gather_seconds(topology, means, mesh.tensor)
     logits = rows.sequences * config.vocab_size * _FLOAT32
     seconds += _gather_seconds(topology, logits, mesh.tensor)
     # There in the model's dtype, back in float32.

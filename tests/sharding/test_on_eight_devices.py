@@ -25,7 +25,7 @@ OPTIONS = ("-p", "no:cacheprovider", "-o", "timeout=1800")
 
 
 def test_there_are_laws() -> None:
-    assert LAWS == ["laws_of_loading.py", "laws_of_programs.py", "laws_of_steps.py"]
+    assert [f"laws_of_{what}.py" for what in ("loading", "norms", "programs", "steps")] == LAWS
 
 
 @pytest.mark.timeout(3600)
