@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from lightning_gpu_cases import SCALE
 
 from pallas_kernels import (
@@ -22,7 +23,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.lightning_attention import fused
 
-T, P, N = 304, 3, 2
+T, SEGMENTS, N = 304, 3, 2
 
 
 def arrays(key_dim=64, value_dim=64, dtype=jnp.bfloat16, state_dtype=jnp.float32, rows=T):
@@ -30,15 +31,15 @@ def arrays(key_dim=64, value_dim=64, dtype=jnp.bfloat16, state_dtype=jnp.float32
     return (
         spec((rows, N, key_dim), dtype), spec((rows, N, key_dim), dtype),
         spec((rows, N, value_dim), dtype), spec((N,), jnp.float32),
-        spec((P + 4, N, key_dim, value_dim), state_dtype),
+        spec((SEGMENTS + 4, N, key_dim, value_dim), state_dtype),
     )  # fmt: skip
 
 
 def prefill(*xs, **options):
     places = {
-        "slots": jnp.arange(1, P + 1, dtype=jnp.int32),
-        "cu_seqlens": jnp.asarray(np.linspace(0, xs[0].shape[0], P + 1), jnp.int32),
-        "is_fresh": jnp.zeros(P, bool),
+        "slots": jnp.arange(1, SEGMENTS + 1, dtype=jnp.int32),
+        "cu_seqlens": jnp.asarray(np.linspace(0, xs[0].shape[0], SEGMENTS + 1), jnp.int32),
+        "is_fresh": jnp.zeros(SEGMENTS, bool),
     }
     return lightning_prefill(*xs, **places, scale=SCALE, **options)
 
@@ -59,13 +60,16 @@ def on_hopper(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [Device])
 
 
-def lowered(run, xs) -> str:
-    # jax wants to know the GPU when it lowers without one.
-    mesh = jax.sharding.AbstractMesh(
-        (1,), ("x",), (jax.sharding.AxisType.Explicit,),
+def gpus(number: int = 1) -> jax.sharding.AbstractMesh:
+    """jax wants to know the GPU when it lowers without one."""
+    return jax.sharding.AbstractMesh(
+        (number,), ("x",), (jax.sharding.AxisType.Auto,),
         abstract_device=jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"),
     )  # fmt: skip
-    with jax.sharding.use_abstract_mesh(mesh):
+
+
+def lowered(run, xs, number: int = 1) -> str:
+    with jax.sharding.use_abstract_mesh(gpus(number)):
         traced = jax.jit(run, donate_argnums=4).trace(*xs)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -175,24 +179,34 @@ def test_nothing_is_fused_elsewhere(caplog):
 
 @pytest.mark.mosaic_interpreter
 @pytest.mark.parametrize("state_dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("dim", "rotated"), [(128, 64), (64, 64), (256, 128), (48, 0)])
-def test_the_fused_kernel_lowers_with_the_pool_in_place(on_hopper, dim, rotated, state_dtype):
+@pytest.mark.parametrize(
+    ("dim", "rotated", "number"),
+    [(128, 64, 1), (64, 64, 1), (256, 128, 1), (48, 0, 1), (128, 64, 2)],
+)
+def test_the_fused_kernel_lowers_with_the_pool_in_place(
+    on_hopper, dim, rotated, number, state_dtype
+):
+    """On two devices that divide the heads, too."""
     spec, rows = jax.ShapeDtypeStruct, 5
-    run = choose_fused(dim=dim, rotated=rotated)
-    assert run is not None
 
     def decode(qkv, weight, cos, log_decay, state):
+        run = choose_fused(dim=dim, rotated=rotated, heads=qkv.shape[2])
+        assert run is not None
         return run(
             qkv, log_decay, state, slots=jnp.arange(rows) % 3, scale=SCALE, norms=(weight, weight),
             eps=1e-6, rotated_dtype=jnp.dtype("float32"), angles=(cos, cos) if rotated else None,
         )  # fmt: skip
 
+    if number > 1:
+        heads = P(None, "x")
+        specs = P(None, None, "x"), P(), P(), P("x"), heads
+        decode = compat.shard_map(decode, gpus(number), specs, (heads, heads))
     pool = spec((9, N, dim, dim), state_dtype)
     text = lowered(decode, (
         spec((rows, 3, N, dim), jnp.bfloat16), spec((dim,), jnp.bfloat16),
         spec((rows, rotated // 2), jnp.float32), spec((N,), jnp.float32), pool,
-    ))  # fmt: skip
-    check_pool_in_place(text, pool)
+    ), number)  # fmt: skip
+    check_pool_in_place(text, spec((9, N // number, dim, dim), state_dtype))
 
 
 @pytest.mark.mosaic_interpreter
@@ -226,5 +240,5 @@ def check_pool_in_place(text: str, state: jax.ShapeDtypeStruct) -> None:
     assert "output_operand_alias" in kernels[-1]
     assert len(kernels) <= 2
     pool = f"tensor<{'x'.join(map(str, state.shape))}x"
-    passing_on = re.compile(r"custom_call @mosaic_gpu|func\.func|return|call @")
+    passing_on = re.compile(r"custom_call @mosaic_gpu|sdy\.|func\.func|return|call @")
     assert not [line for line in lines if pool in line and not passing_on.search(line)]
