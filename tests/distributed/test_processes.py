@@ -16,9 +16,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from checks import assert_same_bits
 from kill_workers import LIMIT_S, Worker, free_port
 from kill_workers import Job as ModelJob
+from tolerances import TOLERANCES
 
 from bailing_jax import small_model
 from bailing_jax.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED, EXIT_USAGE
@@ -266,9 +269,47 @@ def test_a_mesh_without_a_device_of_each_process_is_refused_before_weights_are_r
     model_job.mesh, model_job.devices = "data=1", 1
     workers = model_job.start(2)
     assert [worker.end(120) for worker in workers] == [EXIT_USAGE] * 2
-    words = "--mesh: data=1,expert=1,tensor=1 leaves 1 of 2 processes without a device"
+    words = "mesh: data=1,expert=1,tensor=1 leaves 1 of 2 processes without a device"
     for worker in workers:
         assert words in worker.said
         assert "reading" not in worker.said
         assert "Traceback" not in worker.said
     assert model_job.done() == 0
+
+
+@pytest.mark.slow
+def test_an_llm_under_jax_distributed_scores_and_generates_as_one_device_does(
+    model_job: ModelJob,
+) -> None:
+    """Every process makes the same calls, and gets the whole of what comes of them."""
+    model_job.devices = 1
+    script = str(Path(__file__).with_name("llm_worker.py"))
+    address = f"127.0.0.1:{free_port()}"
+
+    def start(name: str, *who: str) -> Worker:
+        files = (str(model_job.model), str(model_job.folder / f"{name}.npz"))
+        return Worker(
+            [sys.executable, script, *who, *files],
+            model_job.folder / f"stderr_{name}",
+            model_job.environment(),
+        )
+
+    both = [start(f"of_two_{index}", address, "2", str(index)) for index in range(2)]
+    try:
+        assert [worker.end(300) for worker in both] == [0, 0], both[0].said + both[1].said
+    finally:
+        for worker in both:
+            worker.process.kill()
+    assert start("alone", "-", "1", "0").end(300) == 0
+    zero, one, alone = (
+        np.load(model_job.folder / f"{name}.npz") for name in ("of_two_0", "of_two_1", "alone")
+    )
+    assert set(zero) >= {"logits", "state0"}
+    for name in zero:
+        assert_same_bits(zero[name], one[name])
+        if name == "tokens":
+            assert_same_bits(zero[name], alone[name])
+        elif name != "drawn":
+            scale = max(1.0, np.abs(alone[name]).max())
+            error = np.abs(zero[name] - alone[name]).max() / scale
+            assert error <= TOLERANCES["mesh_logits"], (name, error)
