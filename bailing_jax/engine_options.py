@@ -42,7 +42,8 @@ class EngineOptions:
         max_model_len: tokens of one sequence; None: the model's own limit, at most 4096.
         prefill_chunk: prefill tokens a step.
         memory_fraction: the share of memory that may be used.
-        mesh: devices along `data`, `expert` and `tensor`; "auto": all there are; None: one.
+        mesh: devices along `data`, `expert` and `tensor`; "auto": all there are; None: one, or of
+            several processes "auto".
         kernels: "auto" or the name of one implementation of all operators.
         batch_invariant: exact mode: a request's bits depend on nothing but itself.
     """
@@ -95,20 +96,28 @@ class EngineOptions:
 
     @property
     def mesh_shape(self) -> MeshShape:
-        """The mesh; one device as long as "auto" is not resolved.
+        """The mesh; one device as long as "auto" or None is not resolved.
 
         Raises:
             UserError: no mesh is written so.
         """
         return MeshShape() if self.mesh == "auto" else MeshShape.parse(self.mesh)
 
-    def resolved(self, config: ModelConfig, num_devices: int) -> EngineOptions:
-        """The same with the mesh that "auto" comes to, checked against model and devices.
+    def resolved(
+        self, config: ModelConfig, num_devices: int, num_processes: int = 1
+    ) -> EngineOptions:
+        """The same with the mesh that "auto" or None comes to, checked against model and devices.
+
+        Args:
+            config: the model.
+            num_devices: those of all processes.
+            num_processes: that run the model together.
 
         Raises:
             UserError: the mesh does not divide the model, or there are fewer devices.
         """
-        mesh = auto_mesh(config, num_devices) if self.mesh == "auto" else self.mesh_shape
+        is_auto = self.mesh == "auto" or (self.mesh is None and num_processes > 1)
+        mesh = auto_mesh(config, num_devices) if is_auto else self.mesh_shape
         check_mesh(config, mesh)
         check_devices(mesh, num_devices)
         return replace(self, mesh=str(mesh))

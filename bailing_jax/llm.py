@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from bailing_jax.engine import debug
 from bailing_jax.engine.engine import Engine
 from bailing_jax.engine.exact_check import require_exact
 from bailing_jax.engine.programs import Programs
@@ -55,7 +56,7 @@ class LLM:
         prefill_chunk: prompt tokens a step.
         memory_fraction: the share of the device's memory that may be used.
         mesh: devices along `data`, `expert` and `tensor`, such as "data=2,tensor=4" or a mapping;
-            "auto": all there are; None: one.
+            "auto": all there are; None: one, or under jax.distributed "auto".
         kernels: "auto", or the name of one implementation for all operators.
         batch_invariant: exact mode: a request's tokens, log probabilities and state are, bit for
             bit, those of the request alone; slower (docs/numerics.md).
@@ -99,6 +100,7 @@ class LLM:
             kernels=kernels,
             batch_invariant=batch_invariant,
         )
+        debug.check_processes()
         loaded = load(model, options, hf_overrides or {}, seed, report, download=download)
         require_exact(loaded)
         self.config = loaded.config
@@ -134,6 +136,14 @@ class LLM:
     def watch_compiling(self, report: Callable[[str], None] | None) -> None:
         """Call `report` before each step that compiles, with its sizes; None: nobody any more."""
         self._engine.on_compile = report or _ignore
+
+    def meet_after_compiling(self, meet: Callable[[], None]) -> None:
+        """Call `meet` after each step's compiling, before what was compiled runs.
+
+        Of several processes each takes its own time to compile, and a collective may be patient
+        for less long than that.
+        """
+        self._engine.on_compiled = meet
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a plain text; names of control tokens in it are plain text too.

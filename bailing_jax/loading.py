@@ -186,9 +186,10 @@ def _checked(
     config: ModelConfig, options: EngineOptions, report: Report
 ) -> tuple[RuntimeOptions, EngineLimits, StateSpec, Placement | None]:
     """The choices in force, reported, after checking that they fit into memory."""
-    options = options.resolved(config, jax.device_count())
+    processes = jax.process_count()
+    options = options.resolved(config, jax.device_count(), processes)
     mesh = options.mesh_shape
-    placement = Placement(config, mesh) if mesh.num_devices > 1 else None
+    placement = Placement(config, mesh) if max(mesh.num_devices, processes) > 1 else None
     runtime_options = options.runtime(config, runtime.platform())
     plan = plan_memory(config, runtime_options, options)
     runtime.check_fits(plan.needs, options.memory_fraction, mesh.num_devices)
@@ -197,7 +198,9 @@ def _checked(
     if placement is not None:
         choices = config.moe.num_experts_per_token
         how = expert_exchange.in_words(runtime_options.parallel, choices, runtime.platform())
-        report(f"mesh {mesh}: {mesh.num_devices} of {jax.device_count()} devices; {how}; each has")
+        where = f"{mesh.num_devices} of {jax.device_count()} devices"
+        where += f" in {processes} processes" * (processes > 1)
+        report(f"mesh {mesh}: {where}; {how}; each has")
     report(_memory_in_words(plan))
     return runtime_options, plan.limits, plan.spec, placement
 

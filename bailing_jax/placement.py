@@ -66,7 +66,7 @@ class Placement:
         if without > 0:
             raise UserError(
                 f"mesh: {shape} leaves {without} of {processes} processes without a device",
-                f"Use all {len(devices)} devices.",
+                f'Give a mesh of all {len(devices)} devices, or "auto".',
                 2,
                 options=("mesh",),
             )

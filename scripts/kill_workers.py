@@ -9,8 +9,10 @@ disturbed (exact mode).
     python scripts/kill_workers.py --kills 20
     python scripts/kill_workers.py --quick
 
-The engines are one a process until the model is sharded, so a collective over all devices stands
-in every step, and whoever is waiting in it when another is killed must get out of it too.
+    python scripts/kill_workers.py --mesh data=2 --processes 2
+
+The model is one over the devices of all processes, so collectives stand in every step, and whoever
+waits in one when another process is killed must get out of it too.
 """
 
 from __future__ import annotations
@@ -45,6 +47,20 @@ _OPTIONS = (
 )  # fmt: skip
 
 
+# Two layers, one of each kind of attention: compiling is what takes time. All that four devices
+# divide is a multiple of four.
+_DIVISIBLE = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "group_norm_size": 2,
+    "vocab_size": 324,
+    "num_experts": 4,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 24,
+}
+
+
 @dataclass
 class Kill:
     """One job that lost a process.
@@ -76,20 +92,28 @@ class Job:
     Args:
         folder: where everything goes.
         num_requests: of the input.
+        mesh: over the devices of all processes; None: the command's default.
+        devices: of each process.
     """
 
-    def __init__(self, folder: Path, num_requests: int = NUM_REQUESTS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        num_requests: int = NUM_REQUESTS,
+        mesh: str | None = None,
+        devices: int = 1,
+    ) -> None:
         from tiny_models import LINEAR, write_tiny_model
 
         self.folder = folder
+        self.mesh = mesh
+        self.devices = devices
         self.num_requests = num_requests
         self.input = folder / "in.jsonl"
         self.output = folder / "out.jsonl"
         self.model = folder / "model"
         self.model.mkdir()
-        # Two layers, one of each kind of attention: compiling is what takes time.
-        small = {**LINEAR, "num_hidden_layers": 2, "first_k_dense_replace": 2}
-        write_tiny_model(self.model, small)
+        write_tiny_model(self.model, {**LINEAR, **_DIVISIBLE})
         lines = [
             {
                 "id": f"q{i}", "prompt_ids": [1 + i, 5, 7 * i % 300], "ignore_eos": True,
@@ -99,20 +123,21 @@ class Job:
         ]  # fmt: skip
         self.input.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def command(self, output: Path, *more: str, model: Path | None = None) -> list[str]:
+    def command(self, output: Path, *more: str) -> list[str]:
         """One process' command line."""
         return [
             sys.executable, str(Path(__file__).resolve()), "--worker", "--model",
-            str(model or self.model), "--input", str(self.input), "--output", str(output),
+            str(self.model), "--input", str(self.input), "--output", str(output),
             *_OPTIONS, *more,
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
-        """Of every process: this source, one CPU device each, a cache of their own."""
+        """Of every process: this source, its CPU devices, a cache of their own."""
         return {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.devices}",
             "XDG_CACHE_HOME": str(self.folder / "cache"),
             "BAILING_DEBUG": "0",
         }
@@ -124,7 +149,8 @@ class Job:
             Worker(
                 self.command(
                     self.output, "--coordinator-address", f"127.0.0.1:{port}",
-                    "--num-processes", str(count), "--process-id", str(index), *more,
+                    "--num-processes", str(count), "--process-id", str(index),
+                    *(("--mesh", self.mesh) if self.mesh else ()), *more,
                 ),
                 self.folder / f"stderr{index}",
                 self.environment(),
@@ -252,13 +278,13 @@ def _await_moment(job: Job, workers: list[Worker], rng: random.Random) -> str | 
     return f"{came}, {job.done()} of {job.num_requests} answers"
 
 
-def run(kills: int, counts: list[int], seed: int) -> dict[str, Any]:
+def run(kills: int, counts: list[int], seed: int, mesh: str | None = None) -> dict[str, Any]:
     """Kill so often; returns the report."""
     rng = random.Random(seed)
     found: list[Kill] = []
     endings = 0
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(Path(folder))
+        job = Job(Path(folder), mesh=mesh)
         want = job.undisturbed()
         faults: list[str] = []
         while len(found) < kills or job.done() < job.num_requests:
@@ -291,26 +317,11 @@ def run(kills: int, counts: list[int], seed: int) -> dict[str, Any]:
 
 
 def work(arguments: list[str]) -> int:
-    """Be one process: the generate command, with a collective in every step."""
+    """Be one process: the generate command."""
     faulthandler.dump_traceback_later(WORKER_LIMIT_S, exit=True)
-    from bailing_jax import generate, llm
+    from bailing_jax import generate
 
     _share_programs()
-    step, load = llm.LLM.step, llm.LLM.__init__
-    together: list[Any] = []
-
-    def load_together(self: llm.LLM, *args: Any, **options: Any) -> None:
-        # gloo gives all of them half a minute to come to the first collective; compiling takes
-        # longer on a busy machine.
-        together.append(collective())
-        together[0]()
-        load(self, *args, **options)
-
-    def step_together(self: llm.LLM) -> None:
-        step(self)
-        together[0]()
-
-    llm.LLM.__init__, llm.LLM.step = load_together, step_together
     return generate.main(arguments)
 
 
@@ -325,37 +336,19 @@ def _share_programs() -> None:
     cache_key._hash_accelerator_config = cache_key._hash_devices
 
 
-def collective() -> Any:
-    """A function that adds up over the devices of all processes, and waits for the sum."""
-    import jax
-    import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    mesh = Mesh(np.array(jax.devices()), ("all",))
-    row = np.arange(jax.device_count(), dtype=np.float32)
-    shared = jax.make_array_from_callback(
-        row.shape, NamedSharding(mesh, PartitionSpec("all")), lambda index: row[index]
-    )
-    add = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-    def together() -> None:
-        if float(add(shared)) != row.sum():
-            raise RuntimeError("the sum over all devices is wrong")
-
-    return together
-
-
 def main() -> int:
     """Run, print the report as JSON; 1 if anything was not as it must be."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", default="2,4,2", help="of the jobs, in turn")
+    parser.add_argument("--mesh", help="of all processes, each of one device (default: auto)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="2 kills, 2 processes")
     args = parser.parse_args()
     if args.quick:
         args.kills, args.processes = 2, "2"
-    report = run(args.kills, [int(count) for count in args.processes.split(",")], args.seed)
+    counts = [int(count) for count in args.processes.split(",")]
+    report = run(args.kills, counts, args.seed, args.mesh)
     print(json.dumps(report, indent=1))
     return 1 if report["faults"] else 0
 

@@ -123,7 +123,9 @@ def add_engine_flags(engine: argparse._ArgumentGroup) -> None:
         "--memory-fraction", type=number, default=0.9, metavar="X", help="share of memory to use"
     )
     engine.add_argument(
-        "--mesh", metavar="AXES", help="data=D,expert=E,tensor=T devices, or auto (default: one)"
+        "--mesh",
+        metavar="AXES",
+        help="data=D,expert=E,tensor=T devices, or auto (default: one; of several processes auto)",
     )
     engine.add_argument("--kernels", default="auto", metavar="NAME", help="auto, xla or reference")
     engine.add_argument("--batch-invariant", action="store_true", help="exact mode")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import sys
 import traceback
@@ -55,6 +56,7 @@ class Leader:
     def __init__(self, llm: LLM, group: Group) -> None:
         self._llm = llm
         self._group = group
+        _meet_after_compiling(llm, group)
         self._tokens = _Checksum()
         self._steps: list[int] = []  # checksums of those not yet reported by all
         self._taken = self._compared = 0
@@ -127,6 +129,7 @@ def follow(group: Group, load: Callable[[], LLM]) -> int:
     if order["order"] == "end":
         return order["code"]
     llm = load()
+    _meet_after_compiling(llm, group)
     tokens, steps = _Checksum(), 0
     group.steps_run = True
     while True:
@@ -199,6 +202,15 @@ def agree_on_sizes(group: Group, limits: EngineLimits) -> None:
         UserError: they did not.
     """
     agree(group, facts_of_values(dataclasses.asdict(limits), "engine "), "sizes")
+
+
+def _meet_after_compiling(llm: LLM, group: Group) -> None:
+    """Have all compile a program before any runs it.
+
+    On CPUs gloo gives whoever comes last to a collective half a minute.
+    """
+    numbers = itertools.count(1)
+    llm.meet_after_compiling(lambda: agree(group, {}, f"program {next(numbers)}"))
 
 
 def _fail(group: Group, error: UserError) -> NoReturn:

@@ -21,6 +21,7 @@ import numpy as np
 
 from bailing_jax.engine import invariants
 from bailing_jax.engine.invariants import InvariantError, Part, Tally, held
+from bailing_jax.errors import UserError
 from bailing_jax.layer_plan import layer_plan
 
 VARIABLE = "BAILING_DEBUG"
@@ -29,6 +30,22 @@ VARIABLE = "BAILING_DEBUG"
 def is_on() -> bool:
     """Whether the environment asks for debug mode."""
     return os.environ.get(VARIABLE, "0") not in ("", "0")
+
+
+def check_processes() -> None:
+    """Refuse debug mode where no process sees the whole state.
+
+    Raises:
+        UserError: the variable is set, and there are several processes.
+    """
+    import jax
+
+    if is_on() and jax.process_count() > 1:
+        raise UserError(
+            f"{VARIABLE}: debug mode reads the whole state, which lies in "
+            f"{jax.process_count()} processes here",
+            f"Unset {VARIABLE}, or use one process.",
+        )
 
 
 def start(config: Any, page_size: int) -> Debug:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from bailing_jax.config import ModelConfig
@@ -24,7 +23,7 @@ from bailing_jax.engine.scheduler import Scheduler, Sequence
 from bailing_jax.engine.shards import CallPlan, Shards, call_of_nobody
 from bailing_jax.engine.sizes import ProgramSize
 from bailing_jax.engine.warming import compile_all
-from bailing_jax.errors import NotFiniteError, UserError
+from bailing_jax.errors import NotFiniteError
 from bailing_jax.sampling_params import SamplingParams
 from bailing_jax.state import DecodeState, StateSpec, allocate
 
@@ -59,7 +58,9 @@ class Engine:
     """Runs requests to their end; `step` until `has_work` is False.
 
     Attributes:
-        on_compile: called with its sizes in words before a program has to be compiled.
+        on_compile: called with its sizes in words before a program has to be compiled in a step.
+        on_compiled: called afterwards, before the program runs; of several processes at the same
+            point of the same step.
     """
 
     def __init__(
@@ -80,12 +81,7 @@ class Engine:
             new_state: makes the zero state of such a spec, the shards side by side along the first
                 axis of each leaf; None: on one device.
         """
-        if debug.is_on() and jax.process_count() > 1:
-            raise UserError(
-                f"{debug.VARIABLE}: debug mode reads the whole state, which lies in "
-                f"{jax.process_count()} processes here",
-                f"Unset {debug.VARIABLE}, or use one process.",
-            )
+        debug.check_processes()
         self._programs = programs
         self._config = config
         self._limits = limits
@@ -93,6 +89,7 @@ class Engine:
         self._new_state = new_state
         self._count = 0
         self.on_compile: Callable[[str], None] = _ignore
+        self.on_compiled: Callable[[], None] = _ignore
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -267,6 +264,8 @@ class Engine:
         layout = calls.joined(layouts)
         if not self._programs.has_step(layout):
             self.on_compile(size.in_words())
+            self._programs.compile_step(self._state, layout)
+            self.on_compiled()
         requests = {row: self._requests[s.number] for row, s in plan.rows().items()}
         knobs = calls.knobs(plan, {row: (r.params, r.seed) for row, r in requests.items()})
         ends = None
@@ -333,6 +332,8 @@ class Engine:
             mine = {r - first: wanting[r] for r in wanting if r // count == shard}
             if not self._programs.has_refine(count):
                 self.on_compile(f"penalties and log probabilities of {count} rows")
+                self._programs.compile_refine(count, self._config.vocab_size)
+                self.on_compiled()
             rows, choices = call.of_shard(shard), [request.choice() for request in mine.values()]
             refined = self._programs.refine(
                 rows.logits,
@@ -374,5 +375,5 @@ def _not_finite(sequence: Sequence) -> NotFiniteError:
     )
 
 
-def _ignore(_what: object) -> None:
+def _ignore(*_what: object) -> None:
     """What becomes of a report nobody asked for."""

@@ -10,7 +10,7 @@ them have a leading axis [shards, ...]; `spread` sees to the rest.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,9 +153,8 @@ class Programs:
         self.compile_step(state, layout)
         compiled = self._compiled[_size(layout)]
         rows = self._spread.put((layout, knobs, ends))
-        if layout.num_prefill:
-            return StepResult(*compiled(self._leaves, state, *rows[:2]))
-        return StepResult(*compiled(self._leaves, state, *rows, np.int32(num_steps)))
+        more = rows[:2] if layout.num_prefill else (*rows, np.int32(num_steps))
+        return StepResult(*self._spread.settled(compiled(self._leaves, state, *more)))
 
     def compile_step(self, state: DecodeState, layout: BatchLayout) -> None:
         """Compile the step of this layout's size without running it."""
@@ -207,17 +206,17 @@ class Programs:
 
     def fold(self, state: DecodeState, layout: BatchLayout) -> DecodeState:
         """Only the new state."""
-        return self._fold(self._leaves, state, self._spread.put(layout))[0]
+        return self._read(self._fold, state, layout)[0]
 
     def all_logits(self, state: DecodeState, layout: BatchLayout) -> tuple[jax.Array, DecodeState]:
         """Logits float32 [T, vocab] of prefill rows; of several shards the first's, [1, ...]."""
-        return self._all_logits(self._leaves, state, self._spread.put(layout))
+        return self._read(self._all_logits, state, layout)
 
     def hidden_states(
         self, state: DecodeState, layout: BatchLayout
     ) -> tuple[jax.Array, DecodeState]:
         """The residual stream float32 [layers + 1, T, d] of every prefill row; see `all_logits`."""
-        return self._hidden_states(self._leaves, state, self._spread.put(layout))
+        return self._read(self._hidden_states, state, layout)
 
     def token_logprobs(
         self, state: DecodeState, layout: BatchLayout, targets: np.ndarray | jax.Array
@@ -226,8 +225,15 @@ class Programs:
 
         Of several shards: targets [shards, T] and the first's result, [1, T].
         """
-        layout, targets = self._spread.put((layout, targets))
-        return self._token_logprobs(self._leaves, state, layout, targets)
+        return self._read(self._token_logprobs, state, layout, targets)
+
+    def slot_states(self, leaf: jax.Array, slot: int) -> np.ndarray:
+        """What the first shard keeps in a slot of a leaf of the state."""
+        return np.asarray(self._spread.whole(leaf[slot]))
+
+    def _read(self, program: Any, state: DecodeState, *rows: Any) -> Any:
+        """Run a program that takes nothing but rows."""
+        return self._spread.settled(program(self._leaves, state, *self._spread.put(rows)))
 
 
 def go_on(layout: BatchLayout, ends: Ends, behind: Behind) -> tuple[BatchLayout, Ends]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bailing_jax.batch import BatchLayout, pack, stack
@@ -102,7 +101,7 @@ class Scorer:
             targets = np.zeros((self._num_shards, num_prefill), np.int32)
             targets[0, : rows.stop - rows.start] = token_ids[rows.start + 1 : rows.stop + 1]
             wanted = targets if self._num_shards > 1 else targets[0]
-            part, state = self._programs.token_logprobs(state, layout, jnp.asarray(wanted))
+            part, state = self._programs.token_logprobs(state, layout, wanted)
             out[rows] = self._first(part)[: rows.stop - rows.start]
         return out
 
@@ -112,7 +111,7 @@ class Scorer:
         for _, _, layout in steps:
             state = self._programs.fold(state, layout)
         return {
-            layer: np.asarray(leaf[_SLOT].astype(np.float32))
+            layer: self._programs.slot_states(leaf, _SLOT).astype(np.float32)
             for layer, (spec, leaf) in enumerate(
                 zip(layer_plan(self._config), state.layers, strict=True)
             )

@@ -50,6 +50,7 @@ class Spread:
         self._config = model.config
         self._parallel = model.parallel
         self._placement = placement
+        self._waits = jax.process_count() > 1 and jax.default_backend() == "cpu"
         if placement is not None:
             self._leaf_specs = tuple(leaf.sharding.spec for leaf in leaves)
 
@@ -96,7 +97,17 @@ class Spread:
         """The array on every device."""
         if self._placement is None:
             return array
-        return jax.device_put(array, self._placement.sharded(PartitionSpec()))
+        return self.settled(jax.device_put(array, self._placement.sharded(PartitionSpec())))
+
+    def settled(self, results: T) -> T:
+        """A program's results; where several processes share it on CPUs, once they are there.
+
+        There the wait for other processes takes threads that the programs queued behind need too:
+        a long queue stands still for good. TPUs and GPUs run it in order.
+        """
+        if self._waits:
+            jax.block_until_ready(results)
+        return results
 
     def put(self, arrays: T) -> T:
         """Host arrays of kind ROWS as the programs of several processes take them."""

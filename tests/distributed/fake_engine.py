@@ -69,6 +69,9 @@ class FakeEngine:
     def watch_compiling(self, _report: object) -> None:
         pass
 
+    def meet_after_compiling(self, _meet: object) -> None:
+        pass
+
     encode = chat_prompt = None
 
     @staticmethod

@@ -1,4 +1,7 @@
-"""Real processes, jax.distributed and gloo between them: signals, losses, and who does not come."""
+"""Real processes, jax.distributed and gloo between them: signals, losses, and who does not come.
+
+Most of them have an engine that costs nothing; the last ones run one tiny model over all devices.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from checks import assert_same_bits
 from kill_workers import LIMIT_S, Worker, free_port
+from kill_workers import Job as ModelJob
+from tolerances import TOLERANCES
 
 from bailing_jax import small_model
 from bailing_jax.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED, EXIT_USAGE
@@ -181,3 +188,128 @@ def test_processes_that_do_not_come_are_waited_for_and_the_causes_named(job: Job
         assert "Two likely causes: another process was not started" in worker.said
         assert "can't be reached from every host (another address, a firewall)" in worker.said
     assert not job.output.exists()
+
+
+@pytest.fixture(scope="module")
+def model_job(tmp_path_factory: pytest.TempPathFactory) -> ModelJob:
+    """A tiny model, requests, and one folder of compiled programs for all that follows."""
+    return ModelJob(tmp_path_factory.mktemp("model_job"), NUM_ANSWERS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model_job: ModelJob) -> list[bytes]:
+    """What one process with one device answers."""
+    return model_job.undisturbed()
+
+
+NUM_ANSWERS = 16
+
+
+def run_until(job: ModelJob, count: int, signum: int, victim: int) -> tuple[list[Worker], float]:
+    """Start two processes, send one a signal in the middle; how long until all had ended."""
+    workers = job.start(2)
+    try:
+        deadline = time.monotonic() + 240
+        while job.done() < count:
+            assert all(worker.process.poll() is None for worker in workers), workers[0].said
+            assert time.monotonic() < deadline, workers[0].said
+            time.sleep(0.001)
+        start = time.monotonic()
+        workers[victim].process.send_signal(signum)
+        for worker in workers:
+            worker.end(LIMIT_S if signum == signal.SIGKILL else 120)
+        return workers, time.monotonic() - start
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.wait()
+
+
+def finish(job: ModelJob, undisturbed: list[bytes]) -> None:
+    """The same command goes on to the same bytes."""
+    had = job.done()
+    assert 0 < had < NUM_ANSWERS
+    workers = job.start(2)
+    assert [worker.end(240) for worker in workers] == [EXIT_OK] * 2, workers[0].said
+    assert f"{NUM_ANSWERS} requests, {had} done" in workers[0].said
+    assert sorted(job.output.read_bytes().splitlines(keepends=True)) == undisturbed
+
+
+def test_r096_a_model_over_two_processes_is_killed_and_goes_on_to_the_same_bytes(
+    model_job: ModelJob, undisturbed: list[bytes]
+) -> None:
+    """No mesh is named: it is that of all devices."""
+    model_job.output.unlink(missing_ok=True)
+    model_job.mesh, model_job.devices = None, 1
+    workers, seconds = run_until(model_job, 3, signal.SIGKILL, 1)
+    assert seconds < LIMIT_S
+    assert workers[0].process.returncode not in (EXIT_OK, None)
+    assert "lost process 1 of 2" in workers[0].said
+    mesh = "mesh data=1,expert=1,tensor=2: 2 of 2 devices in 2 processes;"
+    assert mesh in workers[0].said
+    assert mesh not in workers[1].said
+    finish(model_job, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_model_over_two_processes_of_two_devices_drains_and_goes_on_to_the_same_bytes(
+    model_job: ModelJob, undisturbed: list[bytes]
+) -> None:
+    model_job.output.unlink(missing_ok=True)
+    model_job.mesh, model_job.devices = "data=2,tensor=2", 2
+    workers, _ = run_until(model_job, 3, signal.SIGTERM, 1)
+    assert [worker.process.returncode for worker in workers] == [EXIT_TERMINATED] * 2
+    finish(model_job, undisturbed)
+
+
+def test_a_mesh_without_a_device_of_each_process_is_refused_before_weights_are_read(
+    model_job: ModelJob,
+) -> None:
+    model_job.output.unlink(missing_ok=True)
+    model_job.mesh, model_job.devices = "data=1", 1
+    workers = model_job.start(2)
+    assert [worker.end(120) for worker in workers] == [EXIT_USAGE] * 2
+    words = "mesh: data=1,expert=1,tensor=1 leaves 1 of 2 processes without a device"
+    for worker in workers:
+        assert words in worker.said
+        assert "reading" not in worker.said
+        assert "Traceback" not in worker.said
+    assert model_job.done() == 0
+
+
+@pytest.mark.slow
+def test_an_llm_under_jax_distributed_scores_and_generates_as_one_device_does(
+    model_job: ModelJob,
+) -> None:
+    """Every process makes the same calls, and gets the whole of what comes of them."""
+    model_job.devices = 1
+    script = str(Path(__file__).with_name("llm_worker.py"))
+    address = f"127.0.0.1:{free_port()}"
+
+    def start(name: str, *who: str) -> Worker:
+        files = (str(model_job.model), str(model_job.folder / f"{name}.npz"))
+        return Worker(
+            [sys.executable, script, *who, *files],
+            model_job.folder / f"stderr_{name}",
+            model_job.environment(),
+        )
+
+    both = [start(f"of_two_{index}", address, "2", str(index)) for index in range(2)]
+    try:
+        assert [worker.end(300) for worker in both] == [0, 0], both[0].said + both[1].said
+    finally:
+        for worker in both:
+            worker.process.kill()
+    assert start("alone", "-", "1", "0").end(300) == 0
+    zero, one, alone = (
+        np.load(model_job.folder / f"{name}.npz") for name in ("of_two_0", "of_two_1", "alone")
+    )
+    assert set(zero) >= {"logits", "state0"}
+    for name in zero:
+        assert_same_bits(zero[name], one[name])
+        if name == "tokens":
+            assert_same_bits(zero[name], alone[name])
+        elif name != "drawn":
+            scale = max(1.0, np.abs(alone[name]).max())
+            error = np.abs(zero[name] - alone[name]).max() / scale
+            assert error <= TOLERANCES["mesh_logits"], (name, error)

@@ -21,7 +21,7 @@ LIMIT_S = 240
 def main() -> int:
     """Run the command with another engine."""
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
-    sys.path[:0] = [str(HERE), str(HERE.parents[1] / "scripts")]
+    sys.path.insert(0, str(HERE))
     from bailing_jax import distributed, generate
 
     generate._Engine = Engine  # pyright: ignore
@@ -33,10 +33,9 @@ class Engine:
     """In place of the command's own."""
 
     def __init__(self, _args: Any, say: Any) -> None:
-        import kill_workers
         from fake_engine import FakeEngine
 
-        together = kill_workers.collective()
+        together = collective()
         together()
 
         def fault(_engine: FakeEngine) -> None:
@@ -48,6 +47,26 @@ class Engine:
 
     def close(self) -> None:
         """Nothing to put in order."""
+
+
+def collective() -> Any:
+    """A function that adds up over the devices of all processes, and waits for the sum."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    row = np.arange(jax.device_count(), dtype=np.float32)
+    shared = jax.make_array_from_callback(
+        row.shape, NamedSharding(mesh, PartitionSpec("all")), lambda index: row[index]
+    )
+    add = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def together() -> None:
+        if float(add(shared)) != row.sum():
+            raise RuntimeError("the sum over all devices is wrong")
+
+    return together
 
 
 if __name__ == "__main__":
