@@ -23,6 +23,7 @@ from bailing_jax.mesh import MeshShape, check_devices, check_mesh
 from bailing_jax.params import Param
 from bailing_jax.sharding import AXES, ROWS, TENSOR, Box, local_config
 from bailing_jax.state import DecodeState, StateSpec, leaf_shapes, tensor_axes
+from pallas_kernels import compat
 
 # A box of a parameter -> its values.
 ReadBox = Callable[[Box], np.ndarray]
@@ -50,6 +51,7 @@ class Placement:
         self, config: ModelConfig, shape: MeshShape, devices: Sequence[Any] | None = None
     ) -> None:
         check_mesh(config, shape)
+        compat.prepare_for_mesh()
         devices = jax.devices() if devices is None else devices
         check_devices(shape, len(devices))
         sizes = sharding.axis_sizes(config, shape)

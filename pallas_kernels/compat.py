@@ -152,6 +152,16 @@ def store_from_registers(ref: Any, value: jax.Array) -> None:
         ref[...] = value
 
 
+def prepare_for_mesh() -> None:
+    """Choose the partitioner, before anything is placed on several devices.
+
+    jaxlib 0.11.2 dies (a segmentation fault) where its Shardy partitioner compiles a decode step;
+    0.10.2 and 0.12.0 do not.
+    """
+    if jax.__version_info__[:2] == (0, 11):
+        jax.config.update("jax_use_shardy_partitioner", False)
+
+
 def shard_map(run: Any, mesh: Any, in_specs: Any, out_specs: Any) -> Any:
     """One program a device on its own parts of the arrays; who holds copies is not checked.
 

@@ -33,6 +33,7 @@ from bailing_jax.sharding import (
     splits,
 )
 from bailing_jax.state import tensor_axes as state_axes
+from pallas_kernels import compat
 
 
 def config_of(preset: str, **changes: object) -> ModelConfig:
@@ -222,3 +223,19 @@ def test_a_layer_that_inherits_a_built_in_one_divides_like_it(
     plugins.register_layer("lightning_attention", type("Mine", (LightningAttention,), {}))
     assert state_axes(config, 2) == want
     assert {1, 3} >= set(want) - {None}
+
+
+@pytest.mark.parametrize(
+    ("version", "set_to"), [((0, 10, 2), []), ((0, 11, 2), [False]), ((0, 12, 0), [])]
+)
+def test_only_jax_0_11_gets_the_older_partitioner(
+    version: tuple[int, int, int], set_to: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own dies where it compiles a decode step on a mesh."""
+    seen = []
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.setattr(
+        jax.config, "update", lambda name, value: seen.append((name, value)), raising=True
+    )
+    compat.prepare_for_mesh()
+    assert seen == [("jax_use_shardy_partitioner", value) for value in set_to]
