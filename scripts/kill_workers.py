@@ -272,7 +272,8 @@ def _await_moment(job: Job, workers: list[Worker], rng: random.Random) -> str | 
         assert time.monotonic() < deadline, workers[0].said
         time.sleep(0.002)
     time.sleep(delay)
-    if any(worker.process.poll() is not None for worker in workers):
+    # Behind its last answer a job ends in order, whoever is killed: there is nothing left to lose.
+    if job.done() == job.num_requests or any(w.process.poll() is not None for w in workers):
         return None
     came = f"{delay:.1f} s after they had come together" if early else "while they answered"
     return f"{came}, {job.done()} of {job.num_requests} answers"

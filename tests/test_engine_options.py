@@ -131,6 +131,18 @@ def test_what_exact_mode_takes(size: int, kernels: str) -> None:
     assert options.limits(read(V2)).prefill_chunk == size
 
 
+@pytest.mark.parametrize(
+    ("mesh", "processes", "want"),
+    [(None, 1, 1), (None, 2, 4), ("auto", 1, 4), ("auto", 2, 4), ("data=1", 2, 1)],
+)
+def test_several_processes_share_all_devices_unless_told_otherwise(
+    mesh: str | None, processes: int, want: int
+) -> None:
+    config = read(V2)
+    options = EngineOptions(mesh=mesh).resolved(config, 4, processes)
+    assert options.mesh_shape.num_devices == want
+
+
 def test_rope_dtype_is_its_own() -> None:
     runtime = EngineOptions(dtype="bfloat16", rope_dtype="float32").runtime(read(V2), "cpu")
     assert (runtime.dtype, runtime.rotated_dtype) == ("bfloat16", "float32")

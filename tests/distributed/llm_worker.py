@@ -15,6 +15,10 @@ import bailing_jax  # isort: skip  before jax: it sets a flag of XLA's
 
 import jax
 
+from bailing_jax.params import Param, describe
+from bailing_jax.placement import Placement, ReadBox
+from bailing_jax.sharding import Box
+
 IDS = [5, 9, 200, 31, 7, 7, 100] * 5
 
 
@@ -24,6 +28,7 @@ def main() -> None:
     address, count, index, folder, output = sys.argv[1:]
     if address != "-":
         jax.distributed.initialize(address, int(count), int(index))
+    read = _count_what_is_read()
     llm = bailing_jax.LLM(
         folder, max_num_seqs=2, max_model_len=96, prefill_chunk=16, report=lambda _line: None
     )
@@ -34,6 +39,8 @@ def main() -> None:
     drawn = llm.generate(IDS, bailing_jax.SamplingParams(max_tokens=6, ignore_eos=True))
     np.savez(
         output,
+        bytes_read=np.array(sum(read)),
+        bytes_of_weights=np.array(4 * sum(param.size for param in describe(llm.config))),
         tokens=np.array([answer.outputs[0].token_ids for answer in answers]),
         drawn=np.array(drawn[0].outputs[0].token_ids),
         logits=llm.logits(IDS),
@@ -41,6 +48,23 @@ def main() -> None:
         token_logprobs=llm.token_logprobs(IDS),
         **{f"state{layer}": state for layer, state in states.items()},
     )
+
+
+def _count_what_is_read() -> list[int]:
+    """Bytes of each box of a parameter that this process asks for, from now on."""
+    read: list[int] = []
+    make = Placement.make
+
+    def counting(self: Placement, param: Param, read_box: ReadBox) -> jax.Array:
+        def counted(box: Box) -> np.ndarray:
+            part = read_box(box)
+            read.append(part.nbytes)
+            return part
+
+        return make(self, param, counted)
+
+    Placement.make = counting  # pyright: ignore
+    return read
 
 
 if __name__ == "__main__":

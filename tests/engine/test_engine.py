@@ -297,7 +297,9 @@ def test_a_program_is_announced_before_the_first_step_that_needs_it() -> None:
         told.append(words)
         assert len(echo.ran) == len(told) - 1
 
+    compiled: list[int] = []
     engine.on_compile = on_compile
+    engine.on_compiled = lambda: compiled.append(len(echo.ran))
     for lengths in ([3], [11, 2, 5], [3]):
         for length in lengths:
             ask(engine, [4] * length, 5)
@@ -308,6 +310,8 @@ def test_a_program_is_announced_before_the_first_step_that_needs_it() -> None:
     assert set(told) == in_words
     assert len(told) == len(echo.ran)
     assert "1 decode row" in told
+    # And again before it runs.
+    assert compiled == list(range(len(told)))
 
 
 @pytest.mark.parametrize("chunk", [8, 300])
