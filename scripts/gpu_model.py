@@ -35,6 +35,7 @@ _COMMAND = (
 )
 _ABOUT = "import jax; d = jax.devices()[0]; print(d.device_kind); print(jax.__version__)"
 _CHOICE = re.compile(r"^(\w+): (\w+) on \w+")
+_NORMS = re.compile(r"^lightning_decode: norms and RoPE (.*)")
 _KERNELS = ("lightning_prefill", "lightning_decode")
 
 
@@ -103,6 +104,8 @@ def evaluate(run: Run, args: argparse.Namespace, folder: Path) -> dict[str, Any]
     for line in done.stderr.splitlines():
         if choice := _CHOICE.match(line):
             found["implementations"][choice[1]] = choice[2]
+        elif norms := _NORMS.match(line):
+            found["implementations"]["norms and RoPE of decode"] = norms[1]
     if done.returncode:
         return found | {"error": done.stderr.strip()[-800:]}
     result = json.loads(done.stdout)
