@@ -129,10 +129,10 @@ def norm_parts(lightning: Lightning, tensor: int) -> tuple[int, int]:
     Returns:
         (parts a device, parts a group); 1 a group: no device shares one with another.
     """
-    heads = lightning.num_heads // tensor
-    of_group = lightning.num_heads // lightning.num_norm_groups
-    part = math.gcd(heads, of_group)
-    return heads // part, of_group // part
+    width = lightning.num_heads * lightning.head_dim
+    here, of_group = width // tensor, width // lightning.num_norm_groups
+    part = math.gcd(here, of_group)
+    return here // part, of_group // part
 
 
 def local_config(config: ModelConfig, tensor: int) -> ModelConfig:

@@ -44,6 +44,9 @@ SHRUNK = {
     "vocab_size": 500,
 }
 
+# An answer of so many tokens, whatever they are.
+ON_AND_ON = ("--sampling", '{"ignore_eos": true}')
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -114,7 +117,7 @@ def answered(capsys: pytest.CaptureFixture[str], programs: Path) -> Answered:
 
 
 def test_json_is_one_line_and_quiet_is_silent(folder: Path, answered: Answered) -> None:
-    args = ("--model", folder, "--prompt-ids", "[5, 6,7]", "-n", 7, "--temp", 0, "--ignore-eos")
+    args = ("--model", folder, "--prompt-ids", "[5, 6,7]", "-n", 7, "--temp", 0, *ON_AND_ON)
     out, err = answered(*args, "--json", "--quiet")
     (want,) = linear_llm().generate([5, 6, 7], greedy(7, ignore_eos=True))[0].outputs
     assert err == ""
@@ -134,10 +137,10 @@ def test_json_is_one_line_and_quiet_is_silent(folder: Path, answered: Answered) 
 
 def test_several_answers_come_one_after_the_other(folder: Path, answered: Answered) -> None:
     """As text under headings, as JSON in a list, each with its log probabilities."""
-    fields: dict[str, Any] = {"n": 2, "logprobs": 3, "seed": 4}
-    args = ("--model", folder, "-p", "hello", "--raw", "-n", 5, "--ignore-eos", "--temp", 1)
+    fields: dict[str, Any] = {"n": 2, "logprobs": 3, "seed": 4, "ignore_eos": True}
+    args = ("--model", folder, "-p", "hello", "--raw", "-n", 5, "--temp", 1)
     flags = (*args, "--sampling", json.dumps(fields))
-    params = SamplingParams(max_tokens=5, temperature=1.0, ignore_eos=True, **fields)
+    params = SamplingParams(max_tokens=5, temperature=1.0, **fields)
     want = linear_llm().generate("hello", params)[0].outputs
     first, second = (output.text for output in want)
     assert answered(*flags)[0] == f"--- 1 of 2\n{first}\n--- 2 of 2\n{second}\n"
@@ -160,7 +163,7 @@ def test_a_prompt_comes_from_a_pipe_or_a_file(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
     (tmp_path / "prompt.txt").write_bytes(raw)
     args = ["--prompt-file", str(tmp_path / "prompt.txt")] if way[-1] != "-" else way.split()
-    out, _ = answered("--model", folder, *args, "-n", 4, "--temp", 0, "--raw", "--ignore-eos")
+    out, _ = answered("--model", folder, *args, "-n", 4, "--temp", 0, "--raw", *ON_AND_ON)
     (want,) = linear_llm().generate("hello\ntwo é", greedy(4, ignore_eos=True))[0].outputs
     assert out == f"{want.text}\n"
 
@@ -196,7 +199,7 @@ def test_warmup_compiles_all_there_is(
                 real(llm, request, **options)
 
     monkeypatch.setattr(one_shot, "answer", watched)
-    args = ("--model", folder, "-p", "hello the and", "-n", 5, "--ignore-eos")
+    args = ("--model", folder, "-p", "hello the and", "-n", 5, *ON_AND_ON)
     _, err = answered(*args, "--warmup", "--max-num-seqs", 2)
     assert any(line.startswith("compiling 3 programs, ") for line in err.splitlines())
     lines = [line for line in err.splitlines() if line.startswith("compiled ") and " of " in line]
@@ -219,7 +222,7 @@ def test_the_second_run_finds_its_programs_in_the_cache(folder: Path, answered: 
 
 def test_without_a_tokenizer_ids_go_in_and_out(bare: Path, answered: Answered) -> None:
     """The same seed draws the same ids, also as JSON; one token has no decode rate."""
-    args = ("--model", bare, "--prompt-ids", "3,1,4", "--temp", 1.0, "--seed", 5, "--ignore-eos")
+    args = ("--model", bare, "--prompt-ids", "3,1,4", "--temp", 1.0, "--seed", 5, *ON_AND_ON)
     text, _ = answered(*args, "-n", 6)
     ids = [int(word) for word in text.split()]
     assert text == "".join(f"{i} " for i in ids) + "\n"
@@ -283,11 +286,11 @@ def test_a_job_runs_and_is_not_done_again(
     lines = [{"id": "a", "prompt": "hello"}, {"id": "b", "prompt_ids": [1, 2], "max_tokens": 2}]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     args = ("--model", folder, "--input", source, "--output", output, "-n", 4, "--max-num-seqs", 2)
-    done = run(environment, *args, "--ignore-eos")
+    done = run(environment, *args, *ON_AND_ON)
     assert done.stdout == ""
     answers = {a["id"]: a for a in map(json.loads, output.read_text().splitlines())}
     assert {key: len(answer["token_ids"]) for key, answer in answers.items()} == {"a": 4, "b": 2}
-    out, err = answered(*args, "--ignore-eos")
+    out, err = answered(*args, *ON_AND_ON)
     assert (out, "all 2 requests are done already" in err) == ("", True)
 
 
@@ -306,7 +309,7 @@ def test_a_chat_from_a_pipe_answers_line_by_line(folder: Path, environment: dict
 
 def long_answer(folder: Path) -> list[str]:
     overrides = json.dumps({"max_position_embeddings": 200_000})
-    args = ("--hf-overrides", overrides, "--max-model-len", 100_000, "-n", 90_000, "--ignore-eos")
+    args = ("--hf-overrides", overrides, "--max-model-len", 100_000, "-n", 90_000, *ON_AND_ON)
     return command("--model", folder, "--prompt-ids", "1,2", *args)
 
 

@@ -17,11 +17,8 @@ _SAMPLING = (
     "top_k",
     "top_p",
     "min_p",
-    "presence_penalty",
-    "frequency_penalty",
     "seed",
     "stop",
-    "ignore_eos",
 )
 _HOSTS = ("coordinator_address", "num_processes", "process_id")
 
@@ -58,18 +55,11 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument("--top-p", type=number, metavar="X")
     sampling.add_argument("--min-p", type=number, metavar="X")
     sampling.add_argument(
-        "--presence-penalty", type=number, metavar="X", help="for a token the answer has, -2 to 2"
-    )
-    sampling.add_argument(
-        "--frequency-penalty", type=number, metavar="X", help="for each time it has it, -2 to 2"
-    )
-    sampling.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of sampling and random weights"
     )
     sampling.add_argument(
         "--stop", action="append", metavar="TEXT", help="end at this text (repeatable)"
     )
-    sampling.add_argument("--ignore-eos", action="store_true", help="do not end at the end token")
     sampling.add_argument("--sampling", metavar="JSON", help="any other SamplingParams field")
     engine = p.add_argument_group("engine")
     engine.add_argument(

@@ -81,7 +81,8 @@ def saying(text: str, **fields: object) -> tuple[str, ...]:
     tokenizer = linear_llm().tokenizer
     assert tokenizer is not None
     (token,) = tokenizer.encode(text)
-    return "--ignore-eos", "--sampling", json.dumps({"logit_bias": {str(token): 1e9}, **fields})
+    fields = {"ignore_eos": True, "logit_bias": {str(token): 1e9}, **fields}
+    return "--sampling", json.dumps(fields)
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Screen])

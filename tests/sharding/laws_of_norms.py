@@ -42,6 +42,7 @@ def norm(weight: jax.Array, groups: int, *shared_by: Parallel) -> RMSNorm:
         (8, 2, 8, (1, 4)),
         (12, 4, 6, (2, 3)),
         (8, 4, 2, (2, 1)),  # nobody shares one
+        (3, 5, 3, (5, 3)),  # groups smaller than a head, across two
     ],
 )
 def test_r092_a_group_on_several_devices_has_one_mean(
