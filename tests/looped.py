@@ -86,6 +86,9 @@ class LoopedPrograms:
     def token_logprobs(self, state: DecodeState, layout: BatchLayout, targets: Any) -> Any:
         return self._scored("token_logprobs", state, layout, targets)
 
+    def slot_states(self, leaf: Any, slot: int) -> np.ndarray:
+        return np.asarray(leaf[slot])
+
     def _scored(self, name: str, state: DecodeState, *args: Any) -> Any:
         results = [
             getattr(self.each[shard], name)(part, *self._of(shard, args))

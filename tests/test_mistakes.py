@@ -445,7 +445,7 @@ def test_what_does_not_fit_comes_with_a_table(
     shown = [line.split("  ")[1] for line in lines[1:-1]]
     assert shown == ["weights", "recurrent state", "pages", "temporaries"]
     smaller = "--max-num-seqs, --max-model-len, --dtype bfloat16"
-    assert lines[-1] == f"  Smaller: {smaller}. Larger: --memory-fraction."
+    assert lines[-1] == f"  Smaller: {smaller}. Larger: --memory-fraction, --mesh."
 
 
 def test_the_tables_are_long_enough() -> None:
