@@ -90,9 +90,7 @@ def plan_memory(
         for p in params
     )
     recurrent, pages = _state_bytes(local, spec)
-    memory = runtime.memory_bytes()
-    if memory is not None:
-        memory //= runtime.devices_that_share_memory(mesh.num_devices)
+    memory = runtime.memory_bytes(mesh.num_devices)
     allowed = None if memory is None else int(memory * options.memory_fraction)
     if allowed is not None and pages:
         page = pages // spec.num_pages

@@ -18,21 +18,19 @@ def platform() -> str:
     return jax.default_backend()
 
 
-def memory_bytes() -> int | None:
-    """Memory of one device (of the machine, on a CPU), or None when it can't be told."""
+def memory_bytes(num_devices: int = 1) -> int | None:
+    """Memory of one device, or None when it can't be told.
+
+    Args:
+        num_devices: that are used; on a CPU those of this process share the machine's evenly.
+    """
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     if platform() != "cpu":
         return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def devices_that_share_memory(num_devices: int) -> int:
-    """How many of so many devices share what `memory_bytes` says: those of a CPU all do."""
-    if platform() != "cpu":
-        return 1
-    return max(1, min(num_devices, jax.local_device_count()))
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine // min(num_devices, jax.local_device_count())
 
 
 def peak_memory_bytes() -> int:
@@ -54,9 +52,7 @@ def check_fits(needs: Mapping[str, int], memory_fraction: float, num_devices: in
     Raises:
         UserError: with the table and the flags that help (exit code 3).
     """
-    memory = memory_bytes()
-    if memory is not None:
-        memory //= devices_that_share_memory(num_devices)
+    memory = memory_bytes(num_devices)
     total = sum(needs.values())
     if memory is None or total <= memory * memory_fraction:
         return

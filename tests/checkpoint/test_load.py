@@ -304,7 +304,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     tensors = random_tensors(hf_config, 7)
     tensors["model.norm.weight"][0] = math.nan  # reading would complain of this
     write_checkpoint(tmp_path, hf_config, tensors)
-    monkeypatch.setattr(loading.runtime, "memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(loading.runtime, "memory_bytes", lambda *_: 2**20)
     error = refused(tmp_path, memory_fraction=0.5)
     assert error.exit_code == EXIT_DOES_NOT_FIT
     first, *table = error.message.splitlines()
@@ -316,13 +316,13 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
 
 
 def refused_with(folder: Path, monkeypatch: pytest.MonkeyPatch, memory: int) -> UserError:
-    monkeypatch.setattr(loading.runtime, "memory_bytes", lambda: memory)
+    monkeypatch.setattr(loading.runtime, "memory_bytes", lambda *_: memory)
     return refused(folder)
 
 
 @pytest.mark.parametrize("spare", [0, -1])
 def test_the_limit_is_exact(spare: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading.runtime, "memory_bytes", lambda: 2 * (700 + spare))
+    monkeypatch.setattr(loading.runtime, "memory_bytes", lambda *_: 2 * (700 + spare))
     if spare < 0:
         with pytest.raises(UserError, match="does not fit"):
             loading.runtime.check_fits({"weights": 300, "state": 400}, 0.5)

@@ -265,7 +265,7 @@ def test_json_adds_up_and_the_table_says_the_same(
 def memory(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     """A machine whose memory the test chooses."""
     chosen: list[int | None] = [None]
-    monkeypatch.setattr(runtime, "memory_bytes", lambda: chosen[0])
+    monkeypatch.setattr(runtime, "memory_bytes", lambda *_: chosen[0])
     return chosen
 
 

@@ -103,7 +103,7 @@ def test_what_cannot_be_told_is_unknown_and_the_rest_is_told(
     def fail(*_args: object) -> None:
         raise RuntimeError("no driver\nand a long story")
 
-    monkeypatch.setattr(runtime, "memory_bytes", lambda: None)
+    monkeypatch.setattr(runtime, "memory_bytes", lambda *_: None)
     monkeypatch.setattr(os, "sysconf", fail)
     monkeypatch.setattr(compile_cache, "size_of", fail)
     facts = environment.environment()
