@@ -189,9 +189,14 @@ def test_r010_a_model_that_looks_at_its_company_is_found(monkeypatch: pytest.Mon
         selfcheck.CHECKS["exact mode"]()
 
 
-def loaded(exact: bool) -> Any:
+def loaded(exact: bool, placement: object = None) -> Any:
     return SimpleNamespace(
-        runtime=SimpleNamespace(exact=exact), model=None, config=None, limits=None, state_spec=None
+        runtime=SimpleNamespace(exact=exact),
+        placement=placement,
+        model=None,
+        config=None,
+        limits=None,
+        state_spec=None,
     )
 
 
@@ -207,6 +212,9 @@ def test_exact_mode_is_refused_where_the_check_fails(
     assert caught.value.exit_code == EXIT_USAGE
     monkeypatch.setattr(exact_check, "find_difference", lambda *_: None)
     require_exact(loaded(exact=True))
+    require_exact(loaded(exact=False, placement=object()))
+    with pytest.raises(UserError, match=f"not checked on several {platform} devices"):
+        require_exact(loaded(exact=True, placement=object()))
 
 
 def test_on_a_cpu_no_check_delays_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
