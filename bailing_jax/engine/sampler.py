@@ -7,7 +7,7 @@ they too depend on nothing else. The repetition penalty looks at prompt and answ
 and frequency penalties, as in OpenAI's interface, at the answer only.
 
 `pick` is part of every step program and looks at the knobs at run time: greedy rows cost an argmax,
-a sort runs only where some row cuts its candidates. `refine` is a small program beside the step,
+and candidates are cut only where some row asks for it. `refine` is a small program beside the step,
 run where a row brings penalties, a bias or wants log probabilities, which the host prepares.
 """
 
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bailing_jax.engine.candidates import candidates
 from bailing_jax.sampling_params import MAX_LOGPROBS, SamplingParams
 
 # In place of a token: the row's logits are not numbers to choose from. Not -1, which pads stop ids.
@@ -196,27 +197,14 @@ def _draw(logits: jax.Array, knobs: Knobs, positions: jax.Array) -> jax.Array:
     scaled = (logits - logits.max(axis=1, keepdims=True)) / heat
     cuts = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
     # The noise belongs to token ids, not ranks, so that a row that cuts nothing draws the same
-    # token whether or not a neighbour makes everybody sort.
+    # token whether or not a neighbour cuts.
     kept = jax.lax.cond(
         cuts.any(),
-        lambda: jax.vmap(_kept)(scaled, top_k, top_p, min_p) | ~cuts[:, None],
+        lambda: candidates(scaled, top_k, top_p, min_p) | ~cuts[:, None],
         lambda: jnp.ones(scaled.shape, bool),
     )
     noise = jax.vmap(_noise, in_axes=(0, 0, None))(seeds, positions, logits.shape[1])
     return jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
-
-
-def _kept(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
-    """bool [vocab]: the candidates one row leaves."""
-    vocab = scaled.shape[0]
-    order = jnp.argsort(-scaled, stable=True)
-    rank = jnp.arange(vocab)
-    ranked = jnp.where(rank < jnp.where(top_k > 0, top_k, vocab), scaled[order], -jnp.inf)
-    probability = jax.nn.softmax(ranked)
-    # A token stays while the tokens better than it hold less than top_p.
-    before = jnp.cumsum(probability) - probability
-    kept = (before < top_p) & (probability >= min_p * probability[0]) & (ranked > -jnp.inf)
-    return jnp.zeros(vocab, bool).at[order].set(kept | (rank == 0), unique_indices=True)
 
 
 def _noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
