@@ -21,6 +21,7 @@ from bailing_jax.layers.mlp import SwiGLU
 from bailing_jax.layers.options import RuntimeOptions
 from pallas_kernels import expert_mlp
 from pallas_kernels.compat import einsum
+from pallas_kernels.top_k import top_k_ids
 
 
 class Router(nnx.Module):
@@ -42,7 +43,7 @@ class Router(nnx.Module):
         """Expert ids and weights of scores [t, e]."""
         config = self.config
         biased = self._keep_best_groups(scores + self.expert_bias[...])
-        _, ids = jax.lax.top_k(biased, config.num_experts_per_token)
+        ids = top_k_ids(biased, config.num_experts_per_token)
         weights = jnp.take_along_axis(scores, ids, axis=1)
         if config.num_experts_per_token > 1:
             weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
