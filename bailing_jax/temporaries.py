@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 # What XLA computes inside its reader and never writes to memory...
 _FUSED = frozenset({
-    "abs", "add", "and", "broadcast_in_dim", "ceil", "clamp", "convert_element_type", "copy", "cos",
-    "div", "eq", "exp", "expm1", "floor", "ge", "gt", "integer_pow", "iota", "is_finite", "le",
-    "le_to", "log", "log1p", "logistic", "lt", "lt_to", "max", "min", "mul", "ne", "neg", "not",
-    "or", "pad", "pow", "rem", "reshape", "round", "rsqrt", "select_n", "sign", "sin", "slice",
-    "split", "sqrt", "square", "squeeze", "stop_gradient", "sub", "tanh", "transpose", "xor",
+    "abs", "add", "and", "bitcast_convert_type", "broadcast_in_dim", "ceil", "clamp",
+    "convert_element_type", "copy", "cos", "div", "eq", "exp", "expm1", "floor", "ge", "gt",
+    "integer_pow", "iota", "is_finite", "le", "le_to", "log", "log1p", "logistic", "lt", "lt_to",
+    "max", "min", "mul", "ne", "neg", "not", "or", "pad", "pow", "rem", "reshape", "round", "rsqrt",
+    "select_n", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze", "stop_gradient", "sub",
+    "tanh", "transpose", "xor",
 })  # fmt: skip
 # ... and what reads its operands that way. Everything else wants them in memory.
 _FUSES = _FUSED | {

@@ -35,8 +35,9 @@ CONCURRENCY = 32
 # More problems than places, so that prompts keep joining answers under way.
 NUM, QUICK_NUM = 40, 6
 QUICK_CONCURRENCY = 4
-# In exact mode a step has all 32 rows whoever is there: a problem alone takes as long as 32.
-NUM_ALONE_EXACT = 12
+# Alone, the planted package is right, which a dozen show. In exact mode a step has all 32 rows
+# whoever is there: a problem alone takes as long as 32.
+NUM_ALONE_PLANTED, NUM_ALONE_EXACT = 12, 6
 SHOWN, SHOWN_LINES = 2, 8
 WORKER = Path(__file__).resolve().parent / "founding_bug_worker.py"
 _TAKEN = ("num", "correct", "accuracy", "ci95", "truncated", "seconds", "tokens_per_s")
@@ -145,7 +146,9 @@ class Asking:
     ) -> list[Result]:
         """Ask one package; `on_compiled` is called once, by the end at the latest."""
         jobs = [Job(name, count, exact) for count in (1, self.company)]
-        num_alone = min(self.num, NUM_ALONE_EXACT) if exact else self.num
+        num_alone = self.num
+        if exact or name == "planted":
+            num_alone = min(self.num, NUM_ALONE_EXACT if exact else NUM_ALONE_PLANTED)
         arguments = [
             "--num", str(self.num), "--num-alone", str(num_alone), "--company", str(self.company),
             "--seed", str(self.seed), "--compile-cache", str(self.cache),
@@ -202,7 +205,7 @@ def _report(results: Sequence[Result], seconds: float, seed: int) -> dict[str, A
                 "exact": job.exact,
                 **{key: result.found.get(key) for key in _TAKEN},
                 "same_as_alone": _same(result, reference),
-                "compared": len(reference.answers) if reference else None,
+                "compared": _compared(result, reference),
                 "error": result.error or None,
             }
         )
@@ -215,9 +218,16 @@ def _report(results: Sequence[Result], seconds: float, seed: int) -> dict[str, A
     }
 
 
+def _compared(result: Result, alone: Result | None) -> int | None:
+    """How many problems the healthy package was asked one at a time, and this one too."""
+    if alone is None or not alone.answers or not result.answers:
+        return None
+    return min(len(alone.answers), len(result.answers))
+
+
 def _same(result: Result, alone: Result | None) -> int | None:
-    """How many answers are those of the healthy package to one problem at a time."""
-    if alone is None or not alone.answers or len(alone.answers) > len(result.answers):
+    """How many of these have the same answer."""
+    if alone is None or _compared(result, alone) is None:
         return None
     pairs = zip(result.answers, alone.answers, strict=False)
     return sum(one["tokens"] == other["tokens"] for one, other in pairs)

@@ -65,6 +65,13 @@ def test_the_exact_rows_are_compared_with_exact_mode_alone() -> None:
     assert "healthy, 32 at once, exact mode" in founding_bug._as_text(report, RESULTS, 32)
 
 
+def test_a_package_asked_fewer_problems_alone_is_compared_on_those() -> None:
+    few = [RESULTS[0], result(Job("planted", 1), [GOOD[0], ROTTEN[1], GOOD[2]]), *RESULTS[2:]]
+    report = founding_bug._report(few, 61.0, 5)
+    found = [(run["same_as_alone"], run["compared"]) for run in report["runs"]]
+    assert found == [(4, 4), (2, 3), (4, 4), (1, 4)]
+
+
 def test_a_run_that_fails_is_said_and_counted() -> None:
     broken = [*RESULTS[:3], Result(Job("planted", 32), {}, [], "no memory")]
     report = founding_bug._report(broken, 1.0, 0)
