@@ -6,7 +6,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,8 +19,13 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from pallas_kernels import compat
 
-# Where compiled programs are kept, and how long one must have taken; jax's own names.
-_PROGRAMS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+# Where compiled programs are kept, how long one must have taken, and whether LLVM optimises none;
+# jax's own names.
+_COMPILING = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_disable_most_optimizations",
+)
 
 
 # These take longest. Of two processes that take a file each, one must not begin such a file when
@@ -84,15 +89,15 @@ def _programs_compile_once(
     By what it computes, the compiler's version and its flags: changed code is another program, so
     nothing stale can be found. Files marked `compiles` are about compiling, and do it themselves.
     """
-    before = [getattr(jax.config, name) for name in _PROGRAMS]
+    before = [cast(Any, jax.config).values[name] for name in _COMPILING]
     afresh = request.node.get_closest_marker("compiles") is not None
-    _keep_programs(None if afresh else str(programs_of_the_run), 0.1)
+    unoptimised = request.node.get_closest_marker("unoptimised") is not None
+    _compile_so(None if afresh else str(programs_of_the_run), 0.1, unoptimised)
     yield
-    _keep_programs(*before)
+    _compile_so(*before)
 
 
-def _keep_programs(*values: Any) -> None:
-    config: Any = jax.config
-    for name, value in zip(_PROGRAMS, values, strict=True):
-        config.update(name, value)
+def _compile_so(*values: Any) -> None:
+    for name, value in zip(_COMPILING, values, strict=True):
+        cast(Any, jax.config).update(name, value)
     compilation_cache.reset_cache()  # jax looks for the folder once, at the first program
