@@ -19,8 +19,8 @@ _FUSED = frozenset({
     "convert_element_type", "copy", "cos", "div", "eq", "exp", "expm1", "floor", "ge", "gt",
     "integer_pow", "iota", "is_finite", "le", "le_to", "log", "log1p", "logistic", "lt", "lt_to",
     "max", "min", "mul", "ne", "neg", "not", "or", "pad", "pow", "rem", "reshape", "round", "rsqrt",
-    "select_n", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze", "stop_gradient", "sub",
-    "tanh", "transpose", "xor",
+    "select_n", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze", "stop_gradient",
+    "sub", "tanh", "transpose", "xor",
 })  # fmt: skip
 # ... and what reads its operands that way. Everything else wants them in memory.
 _FUSES = _FUSED | {

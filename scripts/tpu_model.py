@@ -6,14 +6,12 @@ import json
 from collections.abc import Callable
 
 import jax
-import numpy as np
 
 from bailing_jax import small_model
 from bailing_jax.batch import BatchLayout, pack
 from bailing_jax.config import ModelConfig
-from bailing_jax.engine import sampler
 from bailing_jax.engine.limits import EngineLimits
-from bailing_jax.engine.programs import Programs, no_ends
+from bailing_jax.engine.programs import Programs
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.model import abstract
 from bailing_jax.state import DecodeState, leaf_shapes
@@ -33,19 +31,11 @@ def traced_steps(place: Place = lambda shape: shape) -> dict[str, jax.stages.Tra
     hf_config = json.loads((folder / "config.json").read_text())
     config = ModelConfig.from_hf(hf_config, {}, where=str(folder))
     programs = Programs(abstract(config, RuntimeOptions(dtype="bfloat16")))
-    leaves = tuple(place(jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in programs._leaves)
+    leaves = tuple(place(jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in programs.leaves)
     spec = LIMITS.state_spec("bfloat16", "float32")
     state = DecodeState(tuple(place(leaf) for leaf in leaf_shapes(config, spec)))
-    decode, mixed = _layout(0, 0), _layout(LIMITS.prefill_chunk, SEGMENTS)
-    rows = decode.num_decode
-    return {
-        "decode": programs._decode.trace(
-            leaves, state, decode, sampler.knobs(rows, (), ()), no_ends(rows), np.int32(1)
-        ),
-        "mixed": programs._mixed.trace(
-            leaves, state, mixed, sampler.knobs(rows + SEGMENTS, (), ())
-        ),
-    }
+    layouts = {"decode": _layout(0, 0), "mixed": _layout(LIMITS.prefill_chunk, SEGMENTS)}
+    return {name: programs.trace_step(leaves, state, layout) for name, layout in layouts.items()}
 
 
 def _layout(num_prefill: int, num_segments: int) -> BatchLayout:

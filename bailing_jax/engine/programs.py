@@ -86,8 +86,8 @@ class Programs:
 
     def __init__(self, model: BailingForCausalLM, placement: Placement | None = None) -> None:
         graphdef, params = nnx.split(model)
-        self._leaves, treedef = jax.tree.flatten(params)
-        self._leaves = tuple(self._leaves)
+        leaves, treedef = jax.tree.flatten(params)
+        self._leaves: tuple[Any, ...] = tuple(leaves)
         self._spread = spread = Spread(model, self._leaves, placement)
 
         def merged(leaves: tuple[jax.Array, ...]) -> BailingForCausalLM:
@@ -127,6 +127,11 @@ class Programs:
         self._hidden_states = spread.jit(hidden_states, read, scores)
         self._token_logprobs = spread.jit(token_logprobs, (*read, Kind.ROWS), scores)
 
+    @property
+    def leaves(self) -> tuple[Any, ...]:
+        """The model's parameters, in the order the programs take them."""
+        return self._leaves
+
     def new_state(self, spec: StateSpec) -> DecodeState:
         """A state of zeros, where the programs want it; `spec` is one shard's."""
         return self._spread.new_state(spec)
@@ -160,14 +165,25 @@ class Programs:
         """Compile the step of this layout's size without running it."""
         if self.has_step(layout):
             return
+        traced = self.trace_step(self._leaves, state, layout)
+        self._compiled[_size(layout)] = traced.lower().compile()
+
+    def trace_step(
+        self, leaves: tuple[Any, ...], state: DecodeState, layout: BatchLayout
+    ) -> jax.stages.Traced:
+        """The program of this layout's size, traced.
+
+        Args:
+            leaves: the parameters as in `leaves`, or shapes in their place.
+            state: arrays or shapes.
+            layout: of several shards with their axis in front.
+        """
         knobs = self._spread.for_all(sampler.knobs(layout.logit_rows.shape[-1], (), ()))
         ends = self._spread.for_all(no_ends(layout.num_decode))
         layout, knobs, ends = self._spread.put((layout, knobs, ends))
         if layout.num_prefill:
-            lowered = self._mixed.lower(self._leaves, state, layout, knobs)
-        else:
-            lowered = self._decode.lower(self._leaves, state, layout, knobs, ends, np.int32(1))
-        self._compiled[_size(layout)] = lowered.compile()
+            return self._mixed.trace(leaves, state, layout, knobs)
+        return self._decode.trace(leaves, state, layout, knobs, ends, np.int32(1))
 
     def has_step(self, layout: BatchLayout) -> bool:
         """Whether the step of this layout's size is compiled."""

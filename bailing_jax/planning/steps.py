@@ -14,9 +14,8 @@ import numpy as np
 
 from bailing_jax.batch import pack
 from bailing_jax.config import ModelConfig
-from bailing_jax.engine import sampler
 from bailing_jax.engine.limits import EngineLimits
-from bailing_jax.engine.programs import Programs, no_ends
+from bailing_jax.engine.programs import Programs
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.layers.parallel import Parallel
 from bailing_jax.mesh import MeshShape
@@ -64,7 +63,7 @@ def built(config: ModelConfig, devices: Sequence[Any], mesh: MeshShape, load: Wo
     limits = EngineLimits(load.decode_rows(mesh), load.max_model_len, load.prefill_chunk, PAGE_SIZE)
     spec = limits.state_spec(load.dtype, load.state_dtype)
     state = DecodeState(placement.state_shapes(spec))  # pyright: ignore[reportArgumentType]
-    return Built(programs, tuple(programs._leaves), state, limits, placement.mesh)
+    return Built(programs, programs.leaves, state, limits, placement.mesh)
 
 
 def traceable(
@@ -83,15 +82,11 @@ def traceable(
             page_size=limits.page_size,
             pages_a_sequence=limits.pages_a_sequence,
         )
-        knobs = sampler.knobs(layout.logit_rows.shape[0], (), ())
-        rows = (layout, knobs, no_ends(layout.num_decode))
         if mesh.num_shards > 1:
-            rows = jax.tree.map(lambda a: np.stack([a] * mesh.num_shards), rows)
+            layout = jax.tree.map(lambda a: np.stack([a] * mesh.num_shards), layout)
         # The mesh tells the kernels' wrappers which chip they are for.
         with jax.set_mesh(jax_mesh):
-            if num_prefill:
-                return programs._mixed.lower(leaves, state, *rows[:2])
-            return programs._decode.lower(leaves, state, *rows, np.int32(1))
+            return programs.trace_step(leaves, state, layout).lower()
 
     decode, prefill = limits.max_num_seqs, load.prefill_chunk
     yield "decode", decode, lambda: lower(0, 0)
