@@ -1,8 +1,8 @@
 """The processes of a job and the connections between them: one from each process to process 0.
 
-Over a connection go JSON objects, each behind its length. Process 0 says what is done next and
-the others do it, in that order: no process decides anything by itself, so none can decide
-otherwise than the rest. The others report what came of it and pass on wishes to stop.
+Process 0 says what is done next and the others do it, in that order: no process decides anything
+by itself, so none can decide otherwise than the rest. The others report what came of it and pass
+on wishes to stop.
 
 Each process has a thread a connection, so that it notices also while its main thread computes or
 waits inside jax that somebody is gone: the kernel closes the connections of a process that ends,
@@ -14,17 +14,17 @@ waits for the dead. No jax.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import signal
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from bailing_jax import connection
+from bailing_jax.connection import Link, Message
 from bailing_jax.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
@@ -34,86 +34,15 @@ from bailing_jax.errors import (
 )
 from bailing_jax.terminal import tell
 
-Message = dict[str, Any]
-
-# Signs of life go out this often; a process without any for so long is stuck (stopped, or in one
-# call of minutes that lets no other thread run).
+# Signs of life go out this often, well within `connection.STUCK_S`.
 ALIVE_S = 1.0
-STUCK_S = 60.0
-# The kernel's patience with a host that acknowledges nothing any more.
-VANISHED_S = 7
 # How long a process that ends gives the others to hear why.
 LAST_WORDS_S = 2.0
 _POLL_S = 0.1
-# A request of a million tokens is 8 MB.
-_MAX_BYTES = 256_000_000
-_LENGTH = struct.Struct(">I")
 
 # How to stop: finish what is running, or at once.
 DRAIN, AT_ONCE = 1, 2
 STOP_CODES = {signal.SIGTERM: EXIT_TERMINATED, signal.SIGINT: EXIT_INTERRUPTED}
-
-
-class Link:
-    """One connection. Several threads may send; one receives."""
-
-    def __init__(self, sock: socket.socket, silence_s: float | None = None) -> None:
-        self._socket = sock
-        self._sending = threading.Lock()
-        sock.settimeout(STUCK_S if silence_s is None else silence_s)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # By the names the system has.
-        for option, value in (
-            ("TCP_KEEPIDLE", VANISHED_S - 4),
-            ("TCP_KEEPALIVE", VANISHED_S - 4),
-            ("TCP_KEEPINTVL", 1),
-            ("TCP_KEEPCNT", 4),
-            ("TCP_USER_TIMEOUT", VANISHED_S * 1000),
-        ):
-            if hasattr(socket, option):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-    def send(self, message: Message) -> None:
-        """Send one message.
-
-        Raises:
-            OSError: the other end is gone, or takes nothing any more.
-        """
-        data = json.dumps(message).encode()
-        with self._sending:
-            self._socket.sendall(_LENGTH.pack(len(data)) + data)
-
-    def receive(self) -> Message:
-        """Wait for one message.
-
-        Raises:
-            EOFError: the other end is gone.
-            OSError: so is its host, or nothing came for too long (TimeoutError).
-            ValueError: what came is no message.
-        """
-        (length,) = _LENGTH.unpack(self._bytes(_LENGTH.size))
-        if length > _MAX_BYTES:
-            raise ValueError(f"a message of {length} bytes")
-        message = json.loads(self._bytes(length))
-        if not isinstance(message, dict):
-            raise ValueError("a message that is no object")
-        return message
-
-    def close(self) -> None:
-        """Let go; the other end notices."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-
-    def _bytes(self, count: int) -> bytes:
-        data = bytearray()
-        while len(data) < count:
-            part = self._socket.recv(min(count - len(data), 1 << 20))
-            if not part:
-                raise EOFError
-            data += part
-        return bytes(data)
 
 
 class Group:
@@ -292,7 +221,7 @@ class Group:
 
     def _lost(self, number: int, error: BaseException) -> None:
         if isinstance(error, TimeoutError) and error.errno is None:
-            what = f"gave no sign of life for {STUCK_S:g} s"
+            what = f"gave no sign of life for {connection.STUCK_S:g} s"
         elif isinstance(error, EOFError | ConnectionResetError | BrokenPipeError):
             what = "has ended (its stderr may say why)"
         elif isinstance(error, ValueError):

@@ -35,7 +35,7 @@ COMMANDS = tuple(
 )
 DEVICE_FREE = (
     *(f"bailing_jax.{name}" for name in ("config", "layer_plan", "params", "presets", "errors")),
-    *(f"bailing_jax.{name}" for name in ("group", "agreement", "distributed")),
+    *(f"bailing_jax.{name}" for name in ("connection", "group", "agreement", "distributed")),
     *(f"bailing_jax.{name}" for name in ("mesh", "sharding", "planning.ranking")),
     "bailing_jax.planning.report",
     *(

@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from groups import TOKEN, members, together
 
-from bailing_jax import group
+from bailing_jax import connection, group
 from bailing_jax.agreement import agree
+from bailing_jax.connection import Link
 from bailing_jax.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
@@ -22,7 +23,7 @@ from bailing_jax.errors import (
     Terminated,
     UserError,
 )
-from bailing_jax.group import AT_ONCE, DRAIN, Group, Link, stop_signals
+from bailing_jax.group import AT_ONCE, DRAIN, Group, stop_signals
 
 
 def wait_until(condition: object, seconds: float = 10.0) -> None:
@@ -87,7 +88,7 @@ def test_a_process_that_is_stuck_is_noticed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is there and its host acknowledges, but it gives no sign of life."""
-    monkeypatch.setattr(group, "STUCK_S", 0.5)
+    monkeypatch.setattr(connection, "STUCK_S", 0.5)
     with members(2) as ((_, second), ends):
         second._links[0]._sending.acquire()  # nothing leaves it any more
         assert ends.wait_for(0) == EXIT_FAILURE
@@ -97,7 +98,7 @@ def test_a_process_that_is_stuck_is_noticed(
 
 def test_signs_of_life_keep_a_silent_group_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "ALIVE_S", 0.1)
-    monkeypatch.setattr(group, "STUCK_S", 1.0)
+    monkeypatch.setattr(connection, "STUCK_S", 1.0)
     with members(3) as (_, ends):
         time.sleep(2.0)
         assert not any(ends.values())
