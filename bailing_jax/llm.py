@@ -7,12 +7,11 @@ threads.
 
 from __future__ import annotations
 
-import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +33,7 @@ from bailing_jax.request import Answer, Request, RequestOutput, StreamPiece
 from bailing_jax.sampling_params import SamplingParams, resolve
 from bailing_jax.state import state_bytes
 from bailing_jax.terminal import tell
+from bailing_jax.token_ids import checked_ids, eos_ids, is_one_prompt
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -110,7 +110,7 @@ class LLM:
         self.generation_config = loaded.generation_config
         self._name = loaded.name
         self._seeds = FreshSeeds()
-        self._eos_ids = _eos_ids(loaded.config.eos_token_ids, loaded.generation_config)
+        self._eos_ids = eos_ids(loaded.config.eos_token_ids, loaded.generation_config)
         programs = Programs(loaded.model, loaded.placement)
         limits, spec = loaded.limits, loaded.state_spec
         if limits.num_shards > 1:
@@ -174,7 +174,7 @@ class LLM:
             UserError: a prompt that is empty, too long, holds unknown token ids, or is text
                 without a tokenizer. Nothing has run then.
         """
-        single = isinstance(prompts, str) or _is_token_ids(prompts)
+        single = isinstance(prompts, str) or is_one_prompt(prompts)
         listed: list[Prompt] = [prompts] if single else list(prompts)  # pyright: ignore
         if isinstance(sampling_params, SamplingParams) or sampling_params is None:
             sampling_params = [sampling_params or SamplingParams()] * len(listed)
@@ -319,7 +319,7 @@ class LLM:
         Raises:
             UserError: the result would exceed 4 GiB, or the token ids are not the model's.
         """
-        return self._scorer.logits(self._checked_ids(token_ids, "token_ids"))
+        return self._scorer.logits(self._checked(token_ids))
 
     def hidden_states(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [layers + 1, T, d]: the embedding, then the stream after each layer.
@@ -329,7 +329,7 @@ class LLM:
         Raises:
             UserError: the result would exceed 4 GiB, or the token ids are not the model's.
         """
-        return self._scorer.hidden_states(self._checked_ids(token_ids, "token_ids"))
+        return self._scorer.hidden_states(self._checked(token_ids))
 
     def token_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [T - 1]: the log probability of every token but the first, at any length.
@@ -337,7 +337,7 @@ class LLM:
         Raises:
             UserError: the token ids are not the model's.
         """
-        return self._scorer.token_logprobs(self._checked_ids(token_ids, "token_ids"))
+        return self._scorer.token_logprobs(self._checked(token_ids))
 
     def recurrent_states(self, token_ids: Sequence[int]) -> dict[int, np.ndarray]:
         """float32 [heads, K, V] of every lightning layer after all tokens, by layer.
@@ -345,12 +345,14 @@ class LLM:
         Raises:
             UserError: the token ids are not the model's.
         """
-        return self._scorer.recurrent_states(self._checked_ids(token_ids, "token_ids"))
+        return self._scorer.recurrent_states(self._checked(token_ids))
 
     def _resolved(self, params: SamplingParams) -> SamplingParams:
         resolved = resolve(params, self.generation_config, f"{self._name}: generation_config.json")
         for name in ("logit_bias", "stop_token_ids"):
-            self._checked_ids(list(getattr(params, name) or ()), name, empty=True)
+            checked_ids(
+                list(getattr(params, name) or ()), self.config.vocab_size, name, empty=True
+            )
         return resolved
 
     def _answers(self, prompt_length: int, params: SamplingParams) -> list[Answer]:
@@ -404,7 +406,7 @@ class LLM:
         Raises:
             UserError: empty, too long, unknown token ids, or text without a tokenizer.
         """
-        ids = self._checked_ids(self.encode(prompt) if isinstance(prompt, str) else prompt, what)
+        ids = self._checked(self.encode(prompt) if isinstance(prompt, str) else prompt, what)
         if len(ids) >= self.limits.max_model_len:
             raise UserError(
                 f"{what}: {len(ids)} tokens leave no room for an answer; "
@@ -415,55 +417,9 @@ class LLM:
             )
         return ids
 
-    def _checked_ids(
-        self, token_ids: Sequence[int], what: str, *, empty: bool = False
-    ) -> list[int]:
-        try:
-            if isinstance(token_ids, str | bytes):
-                raise TypeError("text, where token ids are wanted")
-            ids = [operator.index(i) for i in token_ids]
-        except TypeError as error:
-            raise UserError(
-                f"{what} = {token_ids!r:.60}; allowed: a list of token ids, or for a prompt a text",
-                exit_code=EXIT_USAGE,
-            ) from error
-        if not ids and not empty:
-            raise UserError(f"{what}: empty", "Give at least one token.", EXIT_USAGE)
-        wrong = [i for i in ids if not 0 <= i < self.config.vocab_size]
-        if wrong:
-            raise UserError(
-                f"{what}: token id {wrong[0]}; allowed: 0 to {self.config.vocab_size - 1}",
-                exit_code=EXIT_USAGE,
-                options=(what,),
-            )
-        return ids
+    def _checked(self, token_ids: Sequence[int], what: str = "token_ids") -> list[int]:
+        return checked_ids(token_ids, self.config.vocab_size, what)
 
 
 def _ignore(_report: StreamPiece | str) -> None:
     """What becomes of reports nobody asked for."""
-
-
-def _is_token_ids(prompts: object) -> TypeGuard[Sequence[int]]:
-    """Whether this is one prompt of token ids rather than a list of prompts."""
-    if isinstance(prompts, np.ndarray):
-        return prompts.ndim == 1
-    return (
-        isinstance(prompts, Sequence)
-        and bool(prompts)
-        and all(isinstance(i, int | np.integer) for i in prompts)
-    )
-
-
-def _eos_ids(
-    config_ids: tuple[int, ...], generation_config: Mapping[str, object]
-) -> frozenset[int]:
-    """Both files' end ids: releases name one in config.json and more in the other."""
-    value = generation_config.get("eos_token_id")
-    extra = value if isinstance(value, list) else [] if value is None else [value]
-    ids = [i for i in extra if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
-    if len(ids) != len(extra):
-        raise UserError(
-            f"generation_config.json: eos_token_id = {value!r}; allowed: token ids",
-            exit_code=EXIT_USAGE,
-        )
-    return frozenset([*config_ids, *ids])
