@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,13 @@ from bailing_jax.config import ModelConfig
 from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.params import describe
 from bailing_jax.train import main
-from bailing_jax.training import log
+from bailing_jax.training import log, step
+from bailing_jax.training import run as run_module
 from bailing_jax.training.export import checkpoint_tensors
 from bailing_jax.training.run import Pace, train
 from bailing_jax.training.start import read_weights, weights_of
+
+pytestmark = pytest.mark.unoptimised
 
 STEPS = 6
 
@@ -43,6 +48,14 @@ def run(origin, options, output: Path, *, kill_after: int | None = None, **pace)
     except Stop:
         assert kill_after is not None
     return said
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _steps_are_traced_once() -> Iterator[None]:
+    """Runs of equal options share a step, which keeps nothing between calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "make_step", functools.cache(step.make_step))
+        yield
 
 
 @pytest.fixture(scope="module")
