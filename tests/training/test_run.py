@@ -152,9 +152,9 @@ def test_a_run_learns_and_its_model_generates(tmp_path, data):
     lines = [{"prompt": f"{n} and {n}?", "answer": f"{2 * n}"} for n in range(20)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = tiny_options(
-        data, steps=150, rows=512, learning_rate=1e-2, warmup_steps=10, prompt_loss=0.0
+        data, steps=225, rows=512, learning_rate=1e-2, warmup_steps=10, prompt_loss=0.0
     )
-    run(tiny_origin(tmp_path / "origin"), options, tmp_path / "run", log_every=50)
+    run(tiny_origin(tmp_path / "origin"), options, tmp_path / "run", log_every=25)
     entries = log.read(tmp_path / "run")
     assert entries[-1]["loss"] < 0.1 < 1 < entries[0]["loss"]
     llm = LLM(
