@@ -158,8 +158,8 @@ def test_a_run_learns_and_its_model_generates(tmp_path, data):
     entries = log.read(tmp_path / "run")
     assert entries[-1]["loss"] < 0.1 < 1 < entries[0]["loss"]
     llm = LLM(
-        tmp_path / "run/model", max_num_seqs=4, max_model_len=128, report=lambda _: None,
-        dtype="float32",
+        tmp_path / "run/model", max_num_seqs=4, max_model_len=128, prefill_chunk=16,
+        report=lambda _: None, dtype="float32",
     )  # fmt: skip
     params = SamplingParams(max_tokens=8, temperature=0)
     prompts = [[{"role": "user", "content": line["prompt"]}] for line in lines]
