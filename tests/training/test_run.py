@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,13 @@ from bailing_jax.config import ModelConfig
 from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.params import describe
 from bailing_jax.train import main
-from bailing_jax.training import log
+from bailing_jax.training import log, step
+from bailing_jax.training import run as run_module
 from bailing_jax.training.export import checkpoint_tensors
 from bailing_jax.training.run import Pace, train
 from bailing_jax.training.start import read_weights, weights_of
+
+pytestmark = pytest.mark.unoptimised
 
 STEPS = 6
 
@@ -43,6 +48,14 @@ def run(origin, options, output: Path, *, kill_after: int | None = None, **pace)
     except Stop:
         assert kill_after is not None
     return said
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _steps_are_traced_once() -> Iterator[None]:
+    """Runs of equal options share a step, which keeps nothing between calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "make_step", functools.cache(step.make_step))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +152,14 @@ def test_a_run_learns_and_its_model_generates(tmp_path, data):
     lines = [{"prompt": f"{n} and {n}?", "answer": f"{2 * n}"} for n in range(20)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = tiny_options(
-        data, steps=150, rows=512, learning_rate=1e-2, warmup_steps=10, prompt_loss=0.0
+        data, steps=225, rows=512, learning_rate=1e-2, warmup_steps=10, prompt_loss=0.0
     )
-    run(tiny_origin(tmp_path / "origin"), options, tmp_path / "run", log_every=50)
+    run(tiny_origin(tmp_path / "origin"), options, tmp_path / "run", log_every=25)
     entries = log.read(tmp_path / "run")
     assert entries[-1]["loss"] < 0.1 < 1 < entries[0]["loss"]
     llm = LLM(
-        tmp_path / "run/model", max_num_seqs=4, max_model_len=128, report=lambda _: None,
-        dtype="float32",
+        tmp_path / "run/model", max_num_seqs=4, max_model_len=128, prefill_chunk=16,
+        report=lambda _: None, dtype="float32",
     )  # fmt: skip
     params = SamplingParams(max_tokens=8, temperature=0)
     prompts = [[{"role": "user", "content": line["prompt"]}] for line in lines]

@@ -1,6 +1,12 @@
-"""One optimizer step: what it minimises, how parts add up, and what moves which weight."""
+"""One optimizer step: what it minimises, how parts add up, and what moves which weight.
+
+Compiling a step takes ten times as long as running one, so the tests share three of them, and one
+program for what they should come to.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import numpy as np
@@ -10,14 +16,17 @@ from training_cases import tiny_options
 
 from bailing_jax.config import ModelConfig
 from bailing_jax.layers.options import RuntimeOptions
-from bailing_jax.training.loss import pack_losses, to_batch
+from bailing_jax.training.loss import Losses, pack_losses, to_batch
 from bailing_jax.training.options import DataShare, TrainOptions
 from bailing_jax.training.packs import Pack, PackSize
 from bailing_jax.training.step import initial_state, learning_rate, make_step, stack_parts
 
+pytestmark = pytest.mark.unoptimised
+
 CONFIG = ModelConfig.from_hf(LATENT)
 SIZE = PackSize(rows=96, segments=3, window=64)
 RUNTIME = RuntimeOptions("float32", kernels="train")
+BALANCE = 0.3
 
 
 def random_pack(rng: np.random.Generator, lengths: tuple[int, ...]) -> Pack:
@@ -32,6 +41,29 @@ def batches(*sources: list[Pack]):
     return [stack_parts([to_batch(pack, SIZE) for pack in parts]) for parts in sources]
 
 
+@functools.cache
+def step_of(choices: TrainOptions):
+    """The step of these options, compiled once."""
+    return make_step(choices, CONFIG)
+
+
+@jax.jit
+def reference(weights, batch, nll_scale, balance_scale):
+    """The gradient of a pack's scaled nll and mean balance loss, and the pack's losses."""
+
+    def objective(weights):
+        losses = pack_losses(weights, batch, CONFIG, RUNTIME)
+        balance = sum(stats.balance for stats in losses.routers.values()) / len(losses.routers)
+        return nll_scale * losses.nll + balance_scale * balance, losses
+
+    gradient, losses = jax.grad(objective, has_aux=True)(weights)
+    return gradient, losses
+
+
+def losses_of(weights, pack: Pack) -> Losses:
+    return reference(weights, to_batch(pack, SIZE), 1.0, 0.0)[1]
+
+
 def options(**changed) -> TrainOptions:
     return tiny_options("data", **changed)
 
@@ -41,22 +73,48 @@ def host(weights) -> dict[str, np.ndarray]:
     return {path: np.array(array) for path, array in weights.items()}
 
 
-def test_parts_add_up_to_the_loss_per_weight(rng):
-    """Two parts of different weight give the loss and the step of both together."""
-    packs = [random_pack(rng, (40, 3)), random_pack(rng, (64, 1, 30))]
-    choices = options(accumulate=2, learning_rate=1e-3, warmup_steps=0, weight_decay=0.0)
-    state = initial_state(choices, CONFIG)
+def summed() -> TrainOptions:
+    """Everything a step adds up: two sources of two parts each, and the balance loss."""
+    return options(
+        data=(DataShare("a", 3), DataShare("b", 1)),
+        accumulate=2, learning_rate=1e-3, warmup_steps=0, weight_decay=0.0, balance_loss=BALANCE,
+    )  # fmt: skip
+
+
+def clipped() -> TrainOptions:
+    """Decay, the bias's rate and a tiny limit of the gradient; the learning rate falls to 0."""
+    return options(
+        bias_rate=0.02, weight_decay=0.5, learning_rate=1e-2, clip_norm=1e-9, warmup_steps=0,
+        steps=1, final_learning_rate=0.0,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sums():
+    """A step of `summed`: its packs, the weights before and after it, and what it told."""
+    rng = np.random.default_rng(0)
+    first = [random_pack(rng, (40, 3)), random_pack(rng, (64, 1, 30))]
+    second = [random_pack(rng, (5,)), random_pack(rng, (20, 2))]
+    state = initial_state(summed(), CONFIG)
     before = host(state.weights)
-    after, metrics = make_step(choices, CONFIG)(state, batches(packs))
+    after, metrics = step_of(summed())(state, batches(first, second))
+    return (first, second), before, after, metrics
 
-    def loss(weights):
-        parts = [pack_losses(weights, to_batch(pack, SIZE), CONFIG, RUNTIME) for pack in packs]
-        return sum(one.nll for one in parts) / sum(one.weight for one in parts)
 
-    want, gradient = jax.jit(jax.value_and_grad(loss))(before)
+def test_parts_add_up_to_the_loss_per_weight(sums):
+    """Parts of different weight give the loss and the step of all together."""
+    sources, before, after, metrics = sums
+    assert len({float(pack.weights.sum()) for packs in sources for pack in packs}) == 4
+    want, gradient = 0.0, {path: np.zeros(array.shape) for path, array in before.items()}
+    for packs, share in zip(sources, (0.75, 0.25), strict=True):
+        scale = share / sum(float(pack.weights.sum()) for pack in packs)
+        for pack in packs:
+            part, losses = reference(before, to_batch(pack, SIZE), scale, BALANCE / 4)
+            balance = np.mean([float(stats.balance) for stats in losses.routers.values()])
+            want += scale * float(losses.nll) + BALANCE / 4 * balance
+            gradient = {path: gradient[path] + np.asarray(g) for path, g in part.items()}
     np.testing.assert_allclose(metrics.loss, want, rtol=1e-5)
-    np.testing.assert_allclose(metrics.source_loss, [want], rtol=1e-5)
-    norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in gradient.values()))
+    norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
     np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-4)
     # Adam's first step is the sign of the gradient times the rate.
     for path, g in gradient.items():
@@ -67,32 +125,42 @@ def test_parts_add_up_to_the_loss_per_weight(rng):
     assert int(after.step) == 1
 
 
-def test_sources_count_by_their_share(rng):
+def test_sources_count_by_their_share(sums):
     """However many tokens each of them has."""
-    packs = [random_pack(rng, (64, 32)), random_pack(rng, (5,))]
-    shares = (DataShare("a", 3), DataShare("b", 1))
-    choices = options(data=shares)
-    weights = host(initial_state(choices, CONFIG).weights)
-    _, metrics = make_step(choices, CONFIG)(
-        initial_state(choices, CONFIG), batches(packs[:1], packs[1:])
-    )
-    each = [pack_losses(weights, to_batch(pack, SIZE), CONFIG, RUNTIME) for pack in packs]
-    want = [float(one.nll / one.weight) for one in each]
+    sources, before, _, metrics = sums
+    each = [[losses_of(before, pack) for pack in packs] for packs in sources]
+    weights = [sum(float(one.weight) for one in parts) for parts in each]
+    assert weights[0] > 4 * weights[1]
+    want = [sum(float(p.nll) for p in parts) / w for parts, w in zip(each, weights, strict=True)]
     np.testing.assert_allclose(metrics.source_loss, want, rtol=1e-5)
-    np.testing.assert_allclose(metrics.loss, 0.75 * want[0] + 0.25 * want[1], rtol=1e-5)
-    right = [float(one.correct / one.weight) for one in each]
+    # What is left of the loss is the balance loss.
+    balances = [float(s.balance) for parts in each for p in parts for s in p.routers.values()]
+    shared = 0.75 * want[0] + 0.25 * want[1]
+    np.testing.assert_allclose(metrics.loss, shared + BALANCE * np.mean(balances), rtol=1e-5)
+    right = [
+        sum(float(p.correct) for p in parts) / w for parts, w in zip(each, weights, strict=True)
+    ]
     np.testing.assert_allclose(metrics.source_accuracy, right, atol=1e-6)
+
+
+def test_the_balance_loss_is_added(sums):
+    """It stands beside the sources' losses, which are told without it."""
+    sources, before, _, metrics = sums
+    routers = [losses_of(before, pack).routers for packs in sources for pack in packs]
+    balance = np.mean([float(stats.balance) for one in routers for stats in one.values()])
+    assert balance > 1  # 1 is the least, at even load
+    told = float(metrics.source_loss @ np.array([0.75, 0.25]))
+    np.testing.assert_allclose(float(metrics.loss) - told, BALANCE * balance, rtol=1e-4)
 
 
 def test_the_router_bias_moves_towards_even_load(rng):
     """By the rate, up for experts chosen too little, down for the others; nothing else moves it."""
     pack = random_pack(rng, (64, 20, 8))
-    choices = options(bias_rate=0.25, weight_decay=1.0, learning_rate=1e-9, warmup_steps=0)
-    state = initial_state(choices, CONFIG)
+    state = initial_state(clipped(), CONFIG)
     before = host(state.weights)
-    routers = pack_losses(before, to_batch(pack, SIZE), CONFIG, RUNTIME).routers
+    routers = losses_of(before, pack).routers
     assert sorted(routers) == ["model.layers.1", "model.layers.2"]
-    after, metrics = make_step(choices, CONFIG)(state, batches([pack]))
+    after, metrics = step_of(clipped())(state, batches([pack]))
     for layer, stats in routers.items():
         load = np.asarray(stats.load)
         np.testing.assert_allclose(load.sum(), 1, rtol=1e-6)
@@ -101,7 +169,8 @@ def test_the_router_bias_moves_towards_even_load(rng):
         np.testing.assert_allclose(counts, np.round(counts), atol=1e-3)
         bias = f"{layer}.mlp.gate.expert_bias"
         np.testing.assert_array_equal(
-            np.asarray(after.weights[bias]) - before[bias], 0.25 * np.sign(load.mean() - load)
+            np.asarray(after.weights[bias]) - before[bias],
+            np.float32(0.02) * np.sign(load.mean() - load),
         )
     worst = max(float(s.load.max() / s.load.mean()) for s in routers.values())
     np.testing.assert_allclose(metrics.worst_load, worst, rtol=1e-5)
@@ -110,12 +179,12 @@ def test_the_router_bias_moves_towards_even_load(rng):
 def test_training_evens_the_load(rng):
     """A router whose bias favours one expert by far uses all of them after some steps."""
     pack = random_pack(rng, (64, 30))
-    choices = options(bias_rate=0.02, learning_rate=1e-6, steps=60, warmup_steps=0)
-    state = initial_state(choices, CONFIG)
+    state = initial_state(clipped(), CONFIG)
     bias = "model.layers.1.mlp.gate.expert_bias"
     state.weights[bias] = state.weights[bias].at[0].set(0.5)
-    step = make_step(choices, CONFIG)
+    step = step_of(clipped())
     loads = []
+    # From the second step on the learning rate is 0: only the biases move.
     for _ in range(60):
         state, metrics = step(state, batches([pack]))
         loads.append(float(metrics.worst_load))
@@ -123,28 +192,15 @@ def test_training_evens_the_load(rng):
     assert loads[-1] < 1.5
 
 
-def test_the_balance_loss_is_added(rng):
-    pack = random_pack(rng, (60, 30))
-    losses = []
-    for weight in (0.0, 0.3):
-        choices = options(balance_loss=weight)
-        _, metrics = make_step(choices, CONFIG)(initial_state(choices, CONFIG), batches([pack]))
-        losses.append(float(metrics.loss))
-    weights = host(initial_state(options(), CONFIG).weights)
-    routers = pack_losses(weights, to_batch(pack, SIZE), CONFIG, RUNTIME).routers
-    balance = np.mean([float(stats.balance) for stats in routers.values()])
-    assert balance > 1  # 1 is the least, at even load
-    np.testing.assert_allclose(losses[1] - losses[0], 0.3 * balance, rtol=1e-4)
-
-
 def test_matrices_decay_and_nothing_else():
     """With nothing to learn (all weights of the loss zero) only the decay moves weights."""
     pack = Pack(*(np.zeros(SIZE.rows, t) for t in (np.int32, np.int32, np.float32)), (10,))
-    choices = options(learning_rate=1e-2, weight_decay=0.5, warmup_steps=0, bias_rate=0.0)
-    state = initial_state(choices, CONFIG)
+    state = initial_state(clipped(), CONFIG)
     before = host(state.weights)
-    after, _ = make_step(choices, CONFIG)(state, batches([pack]))
+    after, _ = step_of(clipped())(state, batches([pack]))
     for path, old in before.items():
+        if path.endswith("expert_bias"):
+            continue  # moves by the load, see above
         decays = old.ndim >= 2 and path != "model.word_embeddings.weight"
         want = old * (1 - 1e-2 * 0.5) if decays else old
         np.testing.assert_allclose(after.weights[path], want, rtol=1e-5, err_msg=path)
@@ -153,16 +209,19 @@ def test_matrices_decay_and_nothing_else():
 def test_the_gradient_is_clipped(rng):
     """A tiny limit makes Adam's epsilon count: steps get shorter, the norm is told as it was."""
     pack = random_pack(rng, (60, 30))
-    moves, norms = [], []
-    for limit in (1e9, 1e-9):
-        choices = options(clip_norm=limit, weight_decay=0.0, warmup_steps=0)
-        state = initial_state(choices, CONFIG)
-        before = host(state.weights)
-        after, metrics = make_step(choices, CONFIG)(state, batches([pack]))
-        moves.append(np.abs(np.asarray(after.weights["lm_head.weight"]) - before["lm_head.weight"]))
-        norms.append(float(metrics.grad_norm))
-    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
-    assert moves[1].max() < 0.5 * moves[0].max()
+    state = initial_state(clipped(), CONFIG)
+    before = host(state.weights)
+    after, metrics = step_of(clipped())(state, batches([pack]))
+    gradient, losses = reference(before, to_batch(pack, SIZE), 1 / float(pack.weights.sum()), 0.0)
+    norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in gradient.values()))
+    assert norm > 1e-2
+    np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-4)
+    np.testing.assert_allclose(metrics.loss, losses.nll / losses.weight, rtol=1e-5)
+    path = "lm_head.weight"
+    moves = np.asarray(after.weights[path]) - (1 - 1e-2 * 0.5) * before[path]
+    # Without the limit every clear entry moves by the rate.
+    assert (np.abs(np.asarray(gradient[path])) > 1e-4 * norm).any()
+    assert 0 < np.abs(moves).max() < 0.5 * 1e-2
 
 
 def test_the_learning_rate_warms_up_and_falls():
@@ -181,13 +240,13 @@ def test_bfloat16_computes_on_float32_masters(rng):
     choices = options(dtype="bfloat16", learning_rate=1e-6, warmup_steps=0, weight_decay=0.0)
     state = initial_state(choices, CONFIG)
     before = host(state.weights)
-    step = make_step(choices, CONFIG)
+    step = step_of(choices)
     for _ in range(3):
         state, metrics = step(state, batches([pack]))
     assert all(array.dtype == np.float32 for array in jax.tree.leaves(state.weights))
     moved = np.abs(np.asarray(state.weights["lm_head.weight"]) - before["lm_head.weight"])
     assert 2e-6 < np.median(moved) < 4e-6
-    exact = pack_losses(before, to_batch(pack, SIZE), CONFIG, RUNTIME)
+    exact = losses_of(before, pack)
     assert float(metrics.loss) == pytest.approx(float(exact.nll / exact.weight), rel=2e-2)
 
 
