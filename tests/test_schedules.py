@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from schedules import CONFIGS, Bench, Wrong, make_schedule
-from test_laws import swapped_places
+from test_founding_swap import swapped_places
 
 from bailing_jax.engine.engine import Engine
 from bailing_jax.engine.scheduler import Scheduler
