@@ -105,12 +105,13 @@ class Driver:
         """Fill every slot and page that nobody in `keep` owns with NaN, NULL excepted."""
         slots = {0, *(request.slot for request in keep)}
         pages = {0, *(page for request in keep for page in request.pages)}
-        self.state = DecodeState(
-            tuple(
-                leaf.at[np.array(sorted(set(range(leaf.shape[0])) - owned))].set(jnp.nan)
-                for leaf, owned in self._owned(slots, pages)
-            )
-        )
+        leaves = []
+        # In numpy: jax would compile a program for each number of places.
+        for leaf, owned in self._owned(slots, pages):
+            array = np.array(leaf)
+            array[sorted(set(range(len(array))) - owned)] = np.nan
+            leaves.append(jax.device_put(array))
+        self.state = DecodeState(tuple(leaves))
 
     def unowned(self, owners: Sequence[Request]) -> list[np.ndarray]:
         """The bits of every slot and page nobody owns, NULL included, leaf by leaf."""

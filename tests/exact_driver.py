@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from driver import Sizes
 from flax import nnx
@@ -102,10 +101,12 @@ class ExactDriver:
         slots = {0, *(run.slot for run in owners)}
         pages = {0, *(page for run in owners for page in run.pages)}
         leaves = []
+        # In numpy: jax would compile a program for each number of places.
         for i, leaf in enumerate(self.state.layers):
             owned = slots if i in self.recurrent else pages
-            free = np.array(sorted(set(range(leaf.shape[0])) - owned))
-            leaves.append(leaf.at[free].set(jnp.nan))
+            array = np.array(leaf)
+            array[sorted(set(range(len(array))) - owned)] = np.nan
+            leaves.append(jax.device_put(array))
         self.state = DecodeState(tuple(leaves))
 
     def prefill(
@@ -136,8 +137,8 @@ class ExactDriver:
         """The bits of its slot, and of its tokens in its pages, layer by layer."""
         found = []
         for i, leaf in enumerate(self.state.layers):
-            mine = leaf[run.slot] if i in self.recurrent else leaf[np.array(run.pages)]
-            bits = np.asarray(mine)
+            array = np.asarray(leaf)
+            bits = array[run.slot] if i in self.recurrent else array[run.pages]
             if i not in self.recurrent:
                 bits = bits.reshape(-1, *bits.shape[2:])[: run.done]
             found.append(np.ascontiguousarray(bits).view(np.uint8))
@@ -215,8 +216,8 @@ class ExactDriver:
 
     def _step(self, layout: BatchLayout, runs: Sequence[Run], counts: Sequence[int]) -> None:
         logits, self.state = self._run(self._params, self.state, layout)
-        for i, (run, count) in enumerate(zip(runs, counts, strict=True)):
-            run.logits.append(np.asarray(logits[i]))
+        for row, run, count in zip(np.asarray(logits), runs, counts, strict=False):
+            run.logits.append(row)
             run.done += count
 
 

@@ -6,18 +6,13 @@ request moves to other rows or is cut differently, sums change order and the bou
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from driver import Driver, Request, Sizes
 from goldens import GOLDEN, OVERRIDES, golden
 from tolerances import TOLERANCES
-
-from bailing_jax.batch import BatchLayout, Region
 
 SIZES = Sizes(
     num_decode=3,
@@ -245,51 +240,3 @@ def test_r010_order_within_a_step_changes_no_answer(driver: Driver) -> None:
     ):
         same_answer(got, want)
         same_state(driver, got, state)
-
-
-def swapped_rows(patch: pytest.MonkeyPatch) -> None:
-    """Rows sliced as if prefill came first."""
-    patch.setattr(BatchLayout, "decode_rows", lambda self, x: x[self.num_prefill :])
-    patch.setattr(BatchLayout, "prefill_rows", lambda self, x: x[: self.num_prefill])
-
-
-def swapped_places(patch: pytest.MonkeyPatch) -> None:
-    """Slots and pages sliced as if prefill came first."""
-    decode, prefill = BatchLayout.decode_region, BatchLayout.prefill_region
-
-    def both(layout: BatchLayout) -> tuple[jax.Array, jax.Array]:
-        d, p = decode(layout), prefill(layout)
-        slots = jnp.concatenate([p.slots, d.slots])
-        return slots, jnp.concatenate([p.page_table, d.page_table])
-
-    def swapped_decode(layout: BatchLayout) -> Region:
-        slots, pages = both(layout)
-        count = layout.num_decode
-        return decode(layout)._replace(slots=slots[:count], page_table=pages[:count])
-
-    def swapped_prefill(layout: BatchLayout) -> Region:
-        slots, pages = both(layout)
-        count = layout.num_decode
-        return prefill(layout)._replace(slots=slots[count:], page_table=pages[count:])
-
-    patch.setattr(BatchLayout, "decode_region", swapped_decode)
-    patch.setattr(BatchLayout, "prefill_region", swapped_prefill)
-
-
-@pytest.mark.parametrize(("plant", "width"), [(swapped_rows, 96), (swapped_places, 112)])
-def test_r010_the_founding_swap_is_caught(
-    driver: Driver,
-    monkeypatch: pytest.MonkeyPatch,
-    plant: Callable[[pytest.MonkeyPatch], None],
-    width: int,
-) -> None:
-    """The bug this project exists for, planted: the law of company must fail."""
-    wants = [alone(driver, 45 + 10 * i, i) for i in range(3)]
-    plant(monkeypatch)
-    # A width of its own: traces are shared by shape, and a planted one must not be.
-    sizes = dataclasses.replace(SIZES, num_prefill=width)
-    swapped = Driver(driver.folder, sizes, overrides=OVERRIDES)
-    gots = company(swapped, list)
-    for got, want in zip(gots, wants, strict=False):
-        with pytest.raises(AssertionError):
-            same_answer(got, want)

@@ -9,6 +9,9 @@ from bailing_jax import LLM
 from bailing_jax.request import RequestOutput
 from bailing_jax.tasks.recall import recall_problem
 
+# What takes the time here is compiling, and no program is compared with one made otherwise.
+pytestmark = pytest.mark.unoptimised
+
 PROMPTS = [[7] * 30, [9, 8, 7], [11], list(range(40, 90))]
 
 

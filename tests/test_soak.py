@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soak
-from tiny_models import greedy, is_idle, linear_llm, tiny_llm
+from tiny_models import LINEAR, greedy, is_idle, linear_llm, tiny_llm
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "soak.py"
 
 
 def test_r024_ten_thousand_cancelled_requests_leave_every_place_free() -> None:
     """Cancelled while they wait, before their first step, within their prompt, while answering."""
-    llm = tiny_llm(max_num_seqs=16, prefill_chunk=64)
+    small = {**LINEAR, "num_hidden_layers": 2}
+    llm = tiny_llm(small, max_num_seqs=16, prefill_chunk=64)
     want = llm.generate([5, 6, 7], greedy(9))
     traffic = soak.Traffic(llm, np.random.default_rng(24), cancelled_share=0.9, is_plain=True)
     while traffic.counts.cancelled < 10_000:
