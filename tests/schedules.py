@@ -32,12 +32,10 @@ from bailing_jax.engine.sizes import decode_size
 from bailing_jax.layer_plan import layer_plan
 from bailing_jax.sampling_params import SamplingParams, resolve
 
-# A layer of each attention: what goes wrong here goes wrong in an engine's books.
-_LAYERS = {"num_hidden_layers": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "v2": {**LINEAR, **_LAYERS, "architectures": [V2], "model_type": "bailing_moe"},
-    "linear_v2": {**LINEAR, **_LAYERS},
-    "v2_5": {**LATENT, **_LAYERS},
+    "v2": {**LINEAR, "architectures": [V2], "model_type": "bailing_moe"},
+    "linear_v2": LINEAR,
+    "v2_5": LATENT,
 }
 KINDS = (
     "submit", "step", "budget", "cut", "permute", "preempt", "cancel", "finish", "dummy", "empty",

@@ -50,7 +50,7 @@ def disturb(monkeypatch: pytest.MonkeyPatch, chunk: int) -> list[int]:
 @pytest.mark.parametrize(
     ("config", "chunk", "dtypes"),
     [
-        # Of whole engines with lightning and grouped-query attention `test_schedules` says as much.
+        # As long again, for other dtypes and the other softmax attention.
         pytest.param(
             LINEAR, 16, {"state_dtype": "bfloat16"}, id="linear", marks=pytest.mark.slow
         ),
