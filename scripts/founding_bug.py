@@ -4,7 +4,7 @@ A step holds decode rows first, then prompt rows. An engine that was ported from
 first, and went on slicing its decode rows and decode slots behind them, answers well alone and
 rots in company: nothing crashes, and a step without prompts is right. This plants that bug (the
 product holds no switch for it) and asks both packages the same word problems, one at a time and
-32 at once on the same engine, as `python -m bailing_jax.evaluate` does. Takes one to two minutes
+32 at once on the same engine, as `python -m bailing_jax.evaluate` does. Takes about two minutes
 on two idle cores, a third of it for compiling.
 
     python scripts/founding_bug.py
@@ -146,9 +146,8 @@ class Asking:
     ) -> list[Result]:
         """Ask one package; `on_compiled` is called once, by the end at the latest."""
         jobs = [Job(name, count, exact) for count in (1, self.company)]
-        num_alone = self.num
-        if exact or name == "planted":
-            num_alone = min(self.num, NUM_ALONE_EXACT if exact else NUM_ALONE_PLANTED)
+        most = NUM_ALONE_PLANTED if name == "planted" else self.num
+        num_alone = min(self.num, NUM_ALONE_EXACT if exact else most)
         arguments = [
             "--num", str(self.num), "--num-alone", str(num_alone), "--company", str(self.company),
             "--seed", str(self.seed), "--compile-cache", str(self.cache),

@@ -92,7 +92,7 @@ def _programs_compile_once(
     before = [cast(Any, jax.config).values[name] for name in _COMPILING]
     afresh = request.node.get_closest_marker("compiles") is not None
     unoptimised = request.node.get_closest_marker("unoptimised") is not None
-    _compile_so(None if afresh else str(programs_of_the_run), 0.1, unoptimised)
+    _compile_so(None if afresh else str(programs_of_the_run), 0.1, unoptimised or before[2])
     yield
     _compile_so(*before)
 

@@ -1,6 +1,7 @@
 """The bug this project exists for, planted: the law of company must notice it.
 
-In models of a layer of each attention. Nothing here is a matter of bits, so nobody optimises.
+In models of a layer of each attention, and of softmax attention alone. Nothing here is a matter of
+bits, so nobody optimises.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from driver import Driver
+from random_checkpoints import V2
 from test_laws import SIZES, alone, company, same_answer
 from tiny_models import LATENT, LINEAR, write_tiny_model
 
@@ -23,9 +25,14 @@ pytestmark = pytest.mark.unoptimised
 
 # As many words as the laws' prompts are made of.
 SMALL = {"num_hidden_layers": 2, "vocab_size": 512}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "softmax": {**LINEAR, "architectures": [V2], "model_type": "bailing_moe"},
+    "linear": LINEAR,
+    "latent": LATENT,
+}
 
 
-@pytest.fixture(scope="module", params=[LINEAR, LATENT], ids=["linear", "latent"])
+@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS)
 def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Driver:
     config: dict[str, Any] = {**request.param, **SMALL}
     folder: Path = tmp_path_factory.mktemp("model")
