@@ -33,11 +33,12 @@ from bailing_jax.sharding import axis_sizes, local_config, local_shape
 from bailing_jax.state import DecodeState, StateSpec, leaf_shapes
 from bailing_jax.temporaries import peak_bytes
 
-# `peak_bytes` came to 0.76 to 1.26 times what XLA allocated for the largest program
+# `peak_bytes` came to 0.74 to 1.26 times what XLA allocated for the largest program
 # (Compiled.memory_analysis().temp_size_in_bytes; CPU, float32 and bfloat16, jaxlib 0.10.2 and
 # 0.12.0), over 2 to 7 layers of ring-mini-linear-2.0, ling-mini-2.0 and ling-2.6-flash at their
-# real widths with 1, 8 and 32 sequences, and the tests' tiny models. The lowest is bfloat16 with
-# one sequence. On a GPU nobody has measured it yet. tests/cli/test_dry_run.py measures again.
+# real widths with 1, 8 and 32 sequences, and the tests' tiny models. The lowest are bfloat16 with
+# one sequence, and a vocabulary larger than all else. On a GPU nobody has measured it yet.
+# tests/cli/test_dry_run.py measures again.
 _MARGIN = 1.4
 
 

@@ -24,12 +24,14 @@ _FUSED = frozenset({
 })  # fmt: skip
 # ... and what reads its operands that way. Everything else wants them in memory.
 _FUSES = _FUSED | {
-    "argmax", "concatenate", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum",
+    "argmax", "concatenate", "reduce_and", "reduce_max", "reduce_min", "reduce_or",
 }  # fmt: skip
 _SAME_BUFFER = {"reshape", "squeeze"}
 _SLICED = _SAME_BUFFER | {"dynamic_slice", "gather", "slice"}
 _UPDATES = {"scatter", "scatter-add", "dynamic_update_slice"}
 _LOOPS = {"while", "scan"}
+# Threefry mixes two counters into a number, and they are joined only where it is read.
+_RANDOM, _COUNTERS = "random_bits", 2
 _CALLS = _LOOPS | {
     "call", "checkpoint", "closed_call", "cond", "core_call", "custom_jvp_call", "custom_vjp_call",
     "jit", "pjit", "remat",
@@ -124,10 +126,12 @@ class _Trace:
         params = equation.params
         if equation.primitive.name not in _CALLS:
             return None
-        if "branches" in params:
-            platforms = params.get("branches_platforms") or (None,)
+        if platforms := params.get("branches_platforms"):
             here = (p is None or self._platform in p for p in platforms)
             found = params["branches"][list(here).index(True)]
+        elif "branches" in params:
+            # Room is made for whichever is taken.
+            found = max(params["branches"], key=lambda branch: self.measure(branch.jaxpr).peak)
         else:
             names = ("body_jaxpr", "jaxpr", "call_jaxpr")
             found = next((params[name] for name in names if name in params), None)
@@ -171,6 +175,8 @@ class _Trace:
         values.update(zip(equation.outvars, outputs, strict=True))
         sizes = [_bytes(v.aval) for v in equation.outvars]
         name = equation.primitive.name
+        if name == _RANDOM:
+            sizes = [_COUNTERS * size for size in sizes]
         return _Operation(name, operands, outputs, sizes, inside, ahead, in_place)
 
     def _widened(self, body: Any, num_fixed: int) -> int:

@@ -195,15 +195,15 @@ def _draw(logits: jax.Array, knobs: Knobs, positions: jax.Array) -> jax.Array:
     # The best becomes 0: no temperature, however small, makes an infinity of it.
     heat = jnp.where(temperature > 0, temperature, 1)[:, None]
     scaled = (logits - logits.max(axis=1, keepdims=True)) / heat
-    cuts = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
     # The noise belongs to token ids, not ranks, so that a row that cuts nothing draws the same
     # token whether or not a neighbour cuts.
+    noise = jax.vmap(_noise, in_axes=(0, 0, None))(seeds, positions, logits.shape[1])
+    cuts = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
     kept = jax.lax.cond(
         cuts.any(),
         lambda: candidates(scaled, top_k, top_p, min_p) | ~cuts[:, None],
         lambda: jnp.ones(scaled.shape, bool),
     )
-    noise = jax.vmap(_noise, in_axes=(0, 0, None))(seeds, positions, logits.shape[1])
     return jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
 
 

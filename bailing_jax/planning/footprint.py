@@ -26,9 +26,9 @@ from bailing_jax.sharding import local_shape
 _FLOAT32 = 4
 # What gathered rows and copies of rows may take, as in bailing_jax.layers.expert_exchange.
 GATHERED_BYTES, COPIED_BYTES = 2**29, 2**28
-# Arrays of the size of the logits that choosing tokens keeps at once. With _MARGIN 8.4; libtpu
-# 0.0.42 took 8.1 for Ring-mini-linear-2.0's decode of 64 rows (310 MiB).
-_SAMPLED_COPIES = 6
+# Arrays of the size of the logits that choosing tokens keeps at once. With _MARGIN 9.8; libtpu
+# 0.0.42 took 9.4 for Ring-mini-linear-2.0's decode of 64 rows (359 MiB).
+_SAMPLED_COPIES = 7
 _NEVER_FP8 = ("vocab", "router_experts")
 # What a step's buffers come to beyond those that are counted: XLA keeps some of two layers at once.
 _MARGIN = 1.4

@@ -128,10 +128,12 @@ MIDDLE = {
     [
         ({**LINEAR, "num_hidden_layers": 2}, "float32", SMALL),
         ({**LATENT, "num_hidden_layers": 2}, "bfloat16", SMALL),
+        # The sampler's arrays are the largest.
+        ({**LINEAR, "num_hidden_layers": 2, "vocab_size": 50_000}, "float32", SMALL),
         (MIDDLE, "bfloat16", {"max_num_seqs": 4, "prefill_chunk": 256}),
         (MIDDLE, "float32", {"max_num_seqs": 4, "prefill_chunk": 128, "max_model_len": 8192}),
     ],
-    ids=["linear", "latent", "middle", "middle, long"],
+    ids=["linear", "latent", "vocabulary", "middle", "middle, long"],
 )
 def test_temporaries_bound_what_xla_allocates(
     config: dict[str, Any], dtype: str, options: dict[str, Any]
@@ -167,6 +169,9 @@ def test_temporaries_bound_what_xla_allocates(
         (lambda x: (x.at[0].set(0), jnp.sort(x)), 2),  # who sorts still needs the old row
         (lambda x: jax.lax.fori_loop(0, 3, lambda _, y: jnp.sort(y), jnp.sort(x)), 2),
         (lambda x: jax.lax.cond(x[0] > 0, jnp.sin, jnp.cos, jnp.sort(x)), 2),
+        # Whichever branch needs more, first or second.
+        (lambda x: jax.lax.cond(True, lambda x: jnp.sort(jnp.sort(x) * 2), jnp.cos, x), 2),
+        (lambda x: jax.lax.cond(True, jnp.cos, lambda x: jnp.sort(jnp.sort(x) * 2), x), 2),
         (lambda x: jax.nn.relu(jnp.sort(x)), 2),  # a custom_jvp
         (lambda x: pallas_call(lambda a, b: None, out_shape=x)(jnp.sort(x)), 2),
     ],
