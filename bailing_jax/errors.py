@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 
+from bailing_jax import interruption
 from bailing_jax.terminal import is_terminal, tell
 
 EXIT_OK = 0
@@ -102,7 +103,8 @@ def run_command(main: Callable[[], int], flags: Mapping[str, str] | None = None)
         flags: what the command calls the options that errors name; others keep their names.
     """
     try:
-        return main()
+        with interruption.not_lost():
+            return main()
     except UserError as error:
         tell_error(error, flags or {})
         return error.exit_code
