@@ -25,9 +25,9 @@ from bailing_jax.layers.parallel import Parallel, num_blocks
 # (x, ids, weights, exists) -> [t, d]
 RunExperts = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-# About what gathered rows and their sums may take, and the copies that experts make of rows.
+# About what gathered rows and their sums may take, and the experts' results.
 _GATHERED_BYTES = 2**29
-_COPIED_BYTES = 2**28
+_RESULT_BYTES = 2**28
 
 
 def exchange(
@@ -108,11 +108,11 @@ def _where_chosen(
     weights: jax.Array,
     exists: jax.Array,
 ) -> jax.Array:
-    """`run` on the rows that chose an expert here, so many at a time that copies stay small."""
+    """`run` on the rows that chose an expert here, so many at a time that results stay small."""
     rows, choices = ids.shape
-    # A choice has a copy of its row, its result in float32, and that in the order of the rows.
-    copied = choices * x.shape[1] * (x.dtype.itemsize + 8)
-    size = rows // num_blocks(rows, copied, _COPIED_BYTES)
+    # A choice has its result in float32, by expert and once more by row.
+    results = choices * x.shape[1] * 8
+    size = rows // num_blocks(rows, results, _RESULT_BYTES)
     if size == rows:
         return run(x, ids, weights, exists)
     chosen = ((ids < num_here).any(axis=1)) & exists

@@ -24,8 +24,8 @@ from bailing_jax.planning.workload import FP8, ITEM_BYTES, PAGE_SIZE, Workload
 from bailing_jax.sharding import local_shape
 
 _FLOAT32 = 4
-# What gathered rows and copies of rows may take, as in bailing_jax.layers.expert_exchange.
-GATHERED_BYTES, COPIED_BYTES = 2**29, 2**28
+# What gathered rows and the experts' results may take, as in bailing_jax.layers.expert_exchange.
+GATHERED_BYTES, RESULT_BYTES = 2**29, 2**28
 # Arrays of the size of the logits that choosing tokens keeps at once. With _MARGIN 9.8; libtpu
 # 0.0.42 took 9.4 for Ring-mini-linear-2.0's decode of 64 rows (359 MiB).
 _SAMPLED_COPIES = 7
@@ -154,9 +154,9 @@ def _attention_bytes(config: ModelConfig, mesh: MeshShape, rows: int, item: int)
 
 def _expert_bytes(config: ModelConfig, mesh: MeshShape, rows: int, item: int) -> int:
     """Rows of all shards that share the experts and their sums, and of those that the experts work
-    on at a time a copy for each choice, its result, and that once more in the order of the rows."""
+    on at a time each choice's result, by expert and once more by row."""
     d, gathered = config.hidden_size, 0
-    copied = config.moe.num_experts_per_token * d * (item + 2 * _FLOAT32)
+    results = config.moe.num_experts_per_token * d * 2 * _FLOAT32
     if mesh.expert > 1:
         # Sent choices have room for twice as many, and come back into as many rows.
         choices = config.moe.num_experts_per_token
@@ -166,8 +166,8 @@ def _expert_bytes(config: ModelConfig, mesh: MeshShape, rows: int, item: int) ->
         gathered = rows // blocks * row
         rows = rows // blocks * moved
     if mesh.expert * mesh.tensor > 1:
-        rows //= num_blocks(rows, copied, COPIED_BYTES)
-    return gathered + rows * copied
+        rows //= num_blocks(rows, results, RESULT_BYTES)
+    return gathered + rows * results
 
 
 def sends(config: ModelConfig, mesh: MeshShape) -> bool:

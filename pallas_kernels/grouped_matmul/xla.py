@@ -1,8 +1,11 @@
 """The expert mixture through XLA: a loop over blocks of rows that share an expert.
 
-(Row, choice) pairs are sorted by expert and cut into blocks inside one expert; each block reads
+(Choice, row) pairs are sorted by expert and cut into blocks inside one expert; each block reads
 its expert's weights once. No pair is dropped and none is padded to a capacity. `ragged_dot`
 would do the same in one call, but XLA expands it to every expert on CPU and on NVIDIA GPUs.
+
+Pairs are numbered choice by choice, so that what the experts gave is added up along the first
+axis: with a row's choices side by side a TPU would have to lay all of it out anew.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compat import einsum
-from pallas_kernels.tiles import segment_of
 
 _BLOCKS = (8, 16, 32, 64)
 
@@ -35,29 +37,28 @@ def expert_mlp(
     rows, choices = expert_ids.shape
     if rows == 1 and not one_path:
         return _one_row(x, gate, up, down, expert_ids[0], weights[0], exists)
-    num_experts = gate.shape[0]
+    num_experts, pairs = gate.shape[0], rows * choices
     block = _block_size(rows, choices, num_experts)
     # Pairs of rows that do not exist sort behind the last expert with those of experts that are
     # not here: they are nobody's own.
-    expert = jnp.where(exists[:, None], expert_ids, num_experts).reshape(-1)
-    order = jnp.argsort(expert, stable=True)
-    pair_x = jnp.pad(x[order // choices], ((0, block), (0, 0)))
-    block_expert, block_start, num_blocks = _blocks(expert[order], num_experts, block)
+    expert = jnp.where(exists, expert_ids.T, num_experts)
+    order = _order(expert.reshape(-1), num_experts)
+    source = jnp.pad(order % rows, (0, block))
+    block_expert, block_start, num_blocks = _blocks(expert.reshape(-1), num_experts, block)
 
     def one_block(number: jax.Array, y: jax.Array) -> jax.Array:
         e, start = block_expert[number], block_start[number]
-        part = jax.lax.dynamic_slice_in_dim(pair_x, start, block)
+        part = x[jax.lax.dynamic_slice_in_dim(source, start, block)]
         # Blocks come in order, so rows past the expert's own are overwritten by the next.
         return jax.lax.dynamic_update_slice_in_dim(
             y, _swiglu(part, gate[e], up[e], down[e]), start, 0
         )
 
-    y = jnp.zeros(pair_x.shape, jnp.float32)
+    y = jnp.zeros((pairs + block, x.shape[1]), jnp.float32)
     y = jax.lax.fori_loop(0, num_blocks, one_block, y)
-    y = y[jnp.argsort(order)].reshape(rows, choices, -1)
+    y = y[_inverse(order).reshape(choices, rows)] * weights.T[..., None]
     # The last block may reach into pairs that are nobody's.
-    y = jnp.where((expert_ids < num_experts)[..., None], y * weights[..., None], 0).sum(axis=1)
-    return jnp.where(exists[:, None], y, 0)
+    return jnp.where((expert < num_experts)[..., None], y, 0).sum(axis=0)
 
 
 def _one_row(
@@ -93,19 +94,51 @@ def _block_size(rows: int, choices: int, num_experts: int) -> int:
     return next((size for size in _BLOCKS if size >= share), _BLOCKS[-1])
 
 
+def _order(expert: jax.Array, num_experts: int) -> jax.Array:
+    """The pairs in the order of their experts, and of their numbers inside one: int32 [pairs].
+
+    Expert and number go into one integer: keys that all differ are the cheapest to sort.
+    """
+    pairs = expert.shape[0]
+    bits = (pairs - 1).bit_length()
+    if (num_experts + 1) << bits > 1 << 31:
+        raise ValueError(f"{pairs} pairs and {num_experts} experts do not fit 31 bits")
+    keys = expert << bits | jnp.arange(pairs, dtype=jnp.int32)
+    return jax.lax.sort(keys, is_stable=False) & ((1 << bits) - 1)
+
+
+def _inverse(order: jax.Array) -> jax.Array:
+    """Where each pair stands in `order`: int32 [pairs]."""
+    pair = jnp.arange(order.shape[0], dtype=jnp.int32)
+
+    def sorted_(order: jax.Array) -> jax.Array:
+        return jax.lax.sort((order, pair), num_keys=1, is_stable=False)[1]
+
+    def scattered(order: jax.Array) -> jax.Array:
+        places = jnp.zeros_like(order)
+        return places.at[order].set(pair, mode="promise_in_bounds", unique_indices=True)
+
+    # A TPU scatters one number after the other.
+    return jax.lax.platform_dependent(order, tpu=sorted_, default=scattered)
+
+
 def _blocks(
     expert: jax.Array, num_experts: int, block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Each block's expert and first pair, and the number of blocks in use.
+    """Each block's expert and first place in the order, and the number of blocks in use.
 
-    `expert` [pairs] is sorted; num_experts stands for pairs of rows that do not exist.
+    `expert` [pairs] in any order; num_experts stands for pairs that are nobody's. Sums over
+    comparisons with everything: a few thousand times a few hundred are one small kernel, where
+    bisections and running sums are loops of their own.
     """
-    bound = min(expert.shape[0], expert.shape[0] // block + num_experts)
-    # Not a count by scatter: XLA's CPU scatter is a loop over its elements.
-    first = jnp.searchsorted(expert, jnp.arange(num_experts + 1))
-    blocks = -(-(first[1:] - first[:-1]) // block)
-    ends = jnp.cumsum(blocks)
-    number = jnp.arange(bound)
-    owner, _ = segment_of(number, ends)
-    start = first[owner] + (number - (ends - blocks)[owner]) * block
-    return owner, jnp.clip(start, 0, expert.shape[0]), ends[-1]
+    pairs, e = expert.shape[0], jnp.arange(num_experts, dtype=jnp.int32)
+    bound = min(pairs, pairs // block + num_experts)
+    count = (expert[:, None] == e).sum(axis=0, dtype=jnp.int32)
+    blocks = -(-count // block)
+    is_before = e[:, None] > e
+    first = jnp.where(is_before, count, 0).sum(axis=1)
+    first_block = jnp.where(is_before, blocks, 0).sum(axis=1)
+    number = jnp.arange(bound, dtype=jnp.int32)
+    owner = (number[:, None] >= first_block).sum(axis=1, dtype=jnp.int32) - 1
+    start = (first - first_block * block)[owner] + number * block
+    return owner, jnp.clip(start, 0, pairs), blocks.sum()

@@ -158,7 +158,7 @@ def test_input_axes(models: dict[str, model.PlannedModel]) -> None:
 
 def test_exchange_is_cut_as_the_layers_cut_it() -> None:
     assert footprint.GATHERED_BYTES == expert_exchange._GATHERED_BYTES
-    assert footprint.COPIED_BYTES == expert_exchange._COPIED_BYTES
+    assert footprint.RESULT_BYTES == expert_exchange._RESULT_BYTES
     config = model.read("ling-2.6-1t").config
     for expert in (1, 8, 16, 32):
         mesh = MeshShape(expert=expert, tensor=8)

@@ -51,8 +51,8 @@ def test_the_exchange_in_blocks_and_parts_drops_nothing(monkeypatch: pytest.Monk
     config = config_of("linear")
     row = config.hidden_size * 8
     monkeypatch.setattr(expert_exchange, "_GATHERED_BYTES", 4 * row)
-    copied = config.hidden_size * config.moe.num_experts_per_token * 12
-    monkeypatch.setattr(expert_exchange, "_COPIED_BYTES", 2 * copied)
+    results = config.hidden_size * config.moe.num_experts_per_token * 8
+    monkeypatch.setattr(expert_exchange, "_RESULT_BYTES", 2 * results)
     compare("linear", MeshShape(1, 4, 2))
 
 
