@@ -184,18 +184,18 @@ class SafetensorsFile:
         """
         info = self.header.tensors[name]
         if hasattr(os, "posix_fadvise") and self._descriptor >= 0:
-            os.posix_fadvise(
-                self._descriptor, info.start, info.nbytes, os.POSIX_FADV_WILLNEED
-            )
+            os.posix_fadvise(self._descriptor, info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def _read_range(self, start: int, data: np.ndarray) -> None:
         if self._descriptor < 0:
             raise ValueError(f"{self.header.path} is closed")
         self._check_unchanged(os.fstat(self._descriptor))
-        read_exactly(self._descriptor, self.header.path, data.data, start)
-        # Once more, for a writer that came in between: half old, half new bytes are worse than
-        # an error.
-        self._check_unchanged(os.fstat(self._descriptor))
+        try:
+            read_exactly(self._descriptor, self.header.path, data.data, start)
+        finally:
+            # Once more, for a writer that came in between: half old, half new bytes are worse than
+            # an error, and a file that ended too early was cut just now.
+            self._check_unchanged(os.fstat(self._descriptor))
 
     def close(self) -> None:
         """Close the file; safe to call twice."""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -399,20 +400,27 @@ def test_s06_a_file_that_changes_between_header_and_read_is_refused(
         opened.close()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda path: os.utime(path, ns=(1, 1)), lambda path: os.truncate(path, 0)],
+    ids=["written", "emptied"],
+)
 def test_s06_a_write_during_the_read_is_noticed(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
     save_file({"w": np.zeros(100, np.uint8)}, file)
     header = read_header(file)
     real = os.preadv
 
     def overtaken(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        os.utime(file, ns=(1, 1))
+        change(file)
         return real(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", overtaken)
-    with SafetensorsFile(header) as opened, pytest.raises(UserError, match="changed while"):
+    changed = pytest.raises(UserError, match="changed while being read")
+    with SafetensorsFile(header) as opened, changed as caught:
         opened.read("w")
+    assert caught.value.exit_code == EXIT_FAILURE
 
 
 def test_s01_to_s06_flipped_bytes_never_crash(file: Path) -> None:
