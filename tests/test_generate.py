@@ -26,6 +26,8 @@ from bailing_jax.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
 from bailing_jax.generate import main
 from bailing_jax.request import Request
 
+pytestmark = pytest.mark.unoptimised
+
 # A preset's irregular plan in miniature.
 SHRUNK = {
     "num_hidden_layers": 2,

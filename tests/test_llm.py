@@ -15,6 +15,8 @@ from bailing_jax.engine.stop import StopMatcher
 from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.request import Answer
 
+pytestmark = pytest.mark.unoptimised
+
 BOUND = TOLERANCES["law_logits"]
 
 

@@ -26,6 +26,8 @@ from bailing_jax.generate import main
 from bailing_jax.request import StreamPiece
 from bailing_jax.terminal import escaped, json_line, shown_on
 
+pytestmark = pytest.mark.unoptimised
+
 CONTROLS = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) == "Cc"]
 TITLE = "\x1b]0;owned\x07 \x9b31m red\r\b\x00\x7f"
 SHOWN = "\\x1b]0;owned\\x07 \\x9b31m red\\x0d\\x08\\x00\\x7f"

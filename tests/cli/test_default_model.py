@@ -17,6 +17,8 @@ from bailing_jax.errors import EXIT_OK, EXIT_USAGE
 from bailing_jax.generate import main
 from bailing_jax.tasks.word_problems import WordProblem, word_problem
 
+pytestmark = pytest.mark.unoptimised
+
 LENGTH = 512  # a problem has several hundred tokens of the tiny tokenizer
 NAME = "the shipped small model"
 

@@ -32,6 +32,8 @@ from bailing_jax.cli import job, job_output
 from bailing_jax.cli.job_input import Requests
 from bailing_jax.request import CompletionOutput
 
+pytestmark = pytest.mark.unoptimised
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:

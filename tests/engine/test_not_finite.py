@@ -28,6 +28,8 @@ from bailing_jax.engine.limits import DECODE_STEPS
 from bailing_jax.engine.sampler import NOT_FINITE
 from bailing_jax.errors import EXIT_FAILURE, EXIT_OK, NotFiniteError
 
+pytestmark = pytest.mark.unoptimised
+
 CONFIGS = {"linear": LINEAR, "latent": LATENT}
 PROMPTS = [[3, 1, 4], list(range(60, 100)), [7] * 31]
 # The first answer's token of this place is made the spoiled one.

@@ -19,6 +19,8 @@ from bailing_jax.evaluation import answer_file, gsm8k
 from bailing_jax.evaluation.numbers import final_number
 from bailing_jax.tasks.word_problems import word_problem
 
+pytestmark = pytest.mark.unoptimised
+
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 LINES = [

@@ -20,6 +20,8 @@ from bailing_jax.tasks.recall import is_held_out_pair
 from bailing_jax.tasks.word_problems import word_problem
 from bailing_jax.text.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.unoptimised
+
 SIZES = ("--concurrency", 2, "--max-model-len", 1024, "--prefill-chunk", 64, "--quiet")
 SEED, NUM = 3, 6
 FIELDS = {"task", "num", "correct", "accuracy", "ci95", "tokens_per_s", "seed", "concurrency"}
