@@ -21,6 +21,9 @@ V2_5 = "BailingMoeV2_5ForCausalLM"
 SUPPORTED = (V2, LINEAR_V2, V2_5)
 
 
+_LANES = 128  # of a row of a TPU's memory
+
+
 class ConfigWarning(UserWarning):
     """A config that runs, with something a reader of the log should know."""
 
@@ -86,6 +89,15 @@ class Mla:
     value_dim: int
     rope: Rope
     bias: bool
+
+    @property
+    def page_width(self) -> int:
+        """Channels a TPU's pages hold of a token: latent and RoPE, and zeros up to whole lanes.
+
+        Its memory has rows of 128 lanes. For another width the compiler would rather put the pages
+        along them, and lay out the whole pool anew for each step.
+        """
+        return -(-(self.kv_lora_rank + self.rope_dim) // _LANES) * _LANES
 
 
 @dataclass(frozen=True)

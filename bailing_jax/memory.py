@@ -81,7 +81,8 @@ def plan_memory(
     """
     limits, mesh = options.limits(config), options.mesh_shape
     local = local_config(config, mesh.tensor)
-    spec = limits.state_spec(runtime_options.dtype, options.state_dtype)
+    dtypes = runtime_options.dtype, options.state_dtype
+    spec = limits.state_spec(*dtypes, runtime.platform())
     params = describe(config)
     # The step with the most rows does all that the others do.
     largest = max(job_programs(limits), key=lambda size: size.decode_rows + size.prefill_rows)
@@ -100,7 +101,7 @@ def plan_memory(
         if room < limits.num_pages:
             least = min(limits.pages_a_sequence, limits.num_pages)
             limits = replace(limits, max_num_pages=max(room, least))
-            spec = limits.state_spec(runtime_options.dtype, options.state_dtype)
+            spec = limits.state_spec(*dtypes, runtime.platform())
             pages = page * spec.num_pages
     needs = {
         "weights": weights,

@@ -1,9 +1,9 @@
 """DecodeState: what the model remembers between steps, one leaf a layer.
 
 A lightning layer keeps a recurrent state a slot, [slots, N, K, V]; a softmax layer keeps pages,
-[pages, page_size, 2, Kh, H] (GQA) or [pages, page_size, r + p] (MLA). Slot 0 and page 0 are
-NULL: zero, never handed out. The state enters and leaves the jitted step donated. Who owns which
-slot or page is the engine's business and is not in here.
+[pages, page_size, Kh * 2 * H] (GQA) or [pages, page_size, r + p] (MLA; `Mla.page_width` on a TPU).
+Slot 0 and page 0 are NULL: zero, never handed out. The state enters and leaves the jitted step
+donated. Who owns which slot or page is the engine's business and is not in here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bailing_jax.layer_plan import layer_plan
 
 PAGE_SIZE = 64
 # The axis of a leaf along which the devices of a shard divide it by heads; None: all hold it whole.
-TENSOR_AXES: Mapping[str, int | None] = {"lightning": 1, "gqa": 3, "mla": None}
+TENSOR_AXES: Mapping[str, int | None] = {"lightning": 1, "gqa": 2, "mla": None}
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +43,7 @@ class StateSpec:
         page_dtype: of keys, values and latents (the model's dtype).
         state_dtype: of the recurrent state: float32 or bfloat16.
         page_size: tokens a page.
+        whole_lanes: latents are kept with zeros behind them, `Mla.page_width`: on a TPU.
     """
 
     num_slots: int
@@ -50,6 +51,7 @@ class StateSpec:
     page_dtype: str
     state_dtype: str = "float32"
     page_size: int = PAGE_SIZE
+    whole_lanes: bool = False
 
 
 def leaf_shapes(config: ModelConfig, spec: StateSpec) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -79,9 +81,10 @@ def built_in_leaf(kind: str, config: ModelConfig, spec: StateSpec) -> jax.ShapeD
         shape = (spec.num_slots, att.num_heads, att.head_dim, att.head_dim)
         return jax.ShapeDtypeStruct(shape, jnp.dtype(spec.state_dtype))
     if kind == "gqa" and (att := config.gqa) is not None:
-        shape = (*pages, 2, att.num_kv_heads, att.head_dim)
+        shape = (*pages, att.num_kv_heads * 2 * att.head_dim)
     elif kind == "mla" and (att := config.mla) is not None:
-        shape = (*pages, att.kv_lora_rank + att.rope_dim)
+        width = att.page_width if spec.whole_lanes else att.kv_lora_rank + att.rope_dim
+        shape = (*pages, width)
     else:
         raise ValueError(f"{config.architecture} has no {kind} attention")
     return jax.ShapeDtypeStruct(shape, jnp.dtype(spec.page_dtype))

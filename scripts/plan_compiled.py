@@ -107,7 +107,8 @@ def broken(name: str, found: dict[str, Any]) -> list[str]:
             f"{step['argument_bytes'] / least:.3f} of the floor": (
                 step["argument_bytes"] > MOST_OF_FLOOR * least
             ),
-            "the state is copied": step["alias_bytes"] < state,
+            "the state is not updated in place": step["alias_bytes"] < state,
+            f"the state is copied at {step['state_copies']} places": step["state_copies"] > 0,
             f"{step['temporary_bytes'] / 2**30:.2f} GiB of temporaries": (
                 step["temporary_bytes"] > MOST_TEMPORARIES
             ),
@@ -135,10 +136,11 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         "GiB are a device's (a v7x chip has two). *Floor*: weights, state and pages as the planner "
         "adds them up; *arguments*: as the compiler lays them out. *In place*: the whole state is "
-        "updated where it lies. *A layer*: collectives in a layer beside the exchange of the "
-        "experts' rows. fp8: float8_e4m3fn matrices with a float32 scale an output channel, "
-        "widened where they are used; such checkpoints can't be loaded yet. Seconds are of two "
-        "cores that other programs used as well; the processor's own time stands beside them.",
+        "updated where it lies, and no pool is laid out anew for it. *A layer*: collectives in a "
+        "layer beside the exchange of the experts' rows. fp8: float8_e4m3fn matrices with a "
+        "float32 scale an output channel, widened where they are used; such checkpoints can't be "
+        "loaded yet. Seconds are of two cores that other programs used as well; the processor's "
+        "own time stands beside them.",
         "",
         "| model | weights | slice | mesh | step | floor | arguments | temporaries | in place "
         "| a layer | collectives in all | compile, s (processor) |",
@@ -169,10 +171,16 @@ def _step(case: dict[str, Any], step: dict[str, Any]) -> str:
         f"{mesh} | {step['name']}, {step['rows_a_shard']} rows "
         f"| {(floor['weights'] + state) / 2**30:.3f} | {step['argument_bytes'] / 2**30:.3f} "
         f"| {step['temporary_bytes'] / 2**30:.3f} "
-        f"| {'yes' if step['alias_bytes'] >= state else 'NO'} "
+        f"| {_place(step, state)} "
         f"| {step['beside_the_exchange']:.2f} | {collectives} "
         f"| {step['compile_s']:.0f} ({step['compile_cpu_s']:.0f}) |"
     )
+
+
+def _place(step: dict[str, Any], state: int) -> str:
+    if step["alias_bytes"] < state:
+        return "NO"
+    return f"copied at {step['state_copies']} places" if step["state_copies"] else "yes"
 
 
 def main() -> int:

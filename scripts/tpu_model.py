@@ -32,7 +32,7 @@ def traced_steps(place: Place = lambda shape: shape) -> dict[str, jax.stages.Tra
     config = ModelConfig.from_hf(hf_config, {}, where=str(folder))
     programs = Programs(abstract(config, RuntimeOptions(dtype="bfloat16")))
     leaves = tuple(place(jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in programs.leaves)
-    spec = LIMITS.state_spec("bfloat16", "float32")
+    spec = LIMITS.state_spec("bfloat16", "float32", "tpu")
     state = DecodeState(tuple(place(leaf) for leaf in leaf_shapes(config, spec)))
     layouts = {"decode": _layout(0, 0), "mixed": _layout(LIMITS.prefill_chunk, SEGMENTS)}
     return {name: programs.trace_step(leaves, state, layout) for name, layout in layouts.items()}

@@ -111,6 +111,17 @@ def build(
     return Call(list(sequences), list(tokens), queries, rows, pages, after, table, contexts, cu)
 
 
+def keys_and_values(tokens: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """What grouped-query attention keeps of tokens [..., heads * 2 * H]: each [..., heads, H]."""
+    tokens = tokens.reshape(*tokens.shape[:-1], heads, 2, -1)
+    return tokens[..., 0, :], tokens[..., 1, :]
+
+
+def kept(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The inverse of `keys_and_values`."""
+    return np.stack([keys, values], axis=-2).reshape(*keys.shape[:-2], -1)
+
+
 def causal_attention(
     q: np.ndarray, keys: np.ndarray, values: np.ndarray, context: int, scale: float
 ) -> np.ndarray:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny_models import LATENT, LINEAR
+from checks import assert_close
+from tiny_models import LATENT, LINEAR, greedy, latent_llm, tiny_llm
 
 from bailing_jax.config import ModelConfig
+from bailing_jax.engine.limits import EngineLimits
 from bailing_jax.engine.pages import PageLedger
 from bailing_jax.engine.slots import SlotLedger
 from bailing_jax.layer_plan import layer_plan
-from bailing_jax.state import DecodeState, StateSpec, allocate, state_bytes
+from bailing_jax.state import DecodeState, StateSpec, allocate, leaf_shapes, state_bytes
 
 SPEC = StateSpec(num_slots=5, num_pages=7, page_dtype="bfloat16", page_size=4)
 
@@ -43,3 +47,34 @@ def test_r031_the_state_holds_arrays_and_no_ledger(config: ModelConfig) -> None:
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
     for ledger in (SlotLedger(3), PageLedger(3, 4)):
         assert jax.tree.leaves(ledger) == [ledger]  # to jax it is no container
+
+
+def test_what_pages_keep_of_a_token_is_one_axis() -> None:
+    """Of 1 key-value head of 16 its key and value; of a latent 20 + 8, or a whole row of lanes."""
+    heads, latents = ModelConfig.from_hf(LINEAR), ModelConfig.from_hf(LATENT)
+    whole = replace(SPEC, whole_lanes=True)
+    for config, spec, width in ((heads, SPEC, 32), (heads, whole, 32), (latents, SPEC, 28),
+                                (latents, whole, 128)):  # fmt: skip
+        kinds = [layer.attention for layer in layer_plan(config)]
+        shapes = {leaf.shape for kind, leaf in zip(kinds, leaf_shapes(config, spec), strict=True)
+                  if kind != "lightning"}  # fmt: skip
+        assert shapes == {(7, 4, width)}
+
+
+def test_zeros_behind_latents_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a TPU; more requests than slots, so that pages full of NaN are handed out again."""
+    usual = EngineLimits.state_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            EngineLimits,
+            "state_spec",
+            lambda self, *dtypes: usual(self, *dtypes[:2], platform="tpu"),
+        )
+        padded = tiny_llm(LATENT, tokenizer=False)
+    prompts = [[(7 * i + j) % 300 for j in range(5 + 9 * i)] for i in range(7)]
+    answers = [
+        [request.outputs[0].token_ids for request in llm.generate(prompts, greedy(6))]
+        for llm in (padded, latent_llm())
+    ]
+    assert answers[0] == answers[1]
+    assert_close(padded.logits(prompts[6]), latent_llm().logits(prompts[6]), "law_logits")

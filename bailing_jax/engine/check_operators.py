@@ -125,10 +125,10 @@ class Cache(NamedTuple):
     table: np.ndarray
 
 
-def _cache(token: tuple[int, ...]) -> Cache:
+def _cache(token: int) -> Cache:
     rng = np.random.default_rng(7)
-    tokens = [rng.standard_normal((n + 1, *token), np.float32) for n in _CONTEXTS]
-    pages = np.full((20, _PAGE_SIZE, *token), np.nan, np.float32)
+    tokens = [rng.standard_normal((n + 1, token), np.float32) for n in _CONTEXTS]
+    pages = np.full((20, _PAGE_SIZE, token), np.nan, np.float32)
     pages[0] = 0
     table, free = np.zeros((5, _WIDTH), np.int32), iter(rng.permutation(np.arange(1, 20)).tolist())
     for i in np.flatnonzero(_HELD):
@@ -158,18 +158,19 @@ def _check_pages(operator: str, o: np.ndarray, after: np.ndarray, cache: Cache) 
 
 def paged_attention_golden() -> None:
     """Grouped-query attention of a decode step: 4 query heads, 2 key heads."""
-    cache, rng = _cache((2, 2, 12)), np.random.default_rng(8)
+    cache, rng = _cache(2 * 2 * 12), np.random.default_rng(8)
     q = rng.standard_normal((5, 4, 12), np.float32)
-    new = np.stack([tokens[-1] for tokens in cache.tokens])
+    new = np.stack([tokens[-1] for tokens in cache.tokens]).reshape(5, 2, 2, 12)
     o, pages = paged_attention(
-        *map(jnp.asarray, (q, new[:, 0], new[:, 1], cache.pages)),
+        *map(jnp.asarray, (q, new[:, :, 0], new[:, :, 1], cache.pages)),
         page_table=jnp.asarray(cache.table),
         context_lengths=jnp.asarray(_CONTEXTS),
         scale=SCALE,
     )
     o = np.asarray(o)
     for i in np.flatnonzero(_HELD):
-        keys, values = cache.tokens[i].astype(np.float64).transpose(1, 2, 0, 3)
+        kept = cache.tokens[i].astype(np.float64).reshape(-1, 2, 2, 12)
+        keys, values = kept.transpose(2, 1, 0, 3)
         for head in range(4):
             weights = _softmax(SCALE * keys[head // 2] @ q[i, head])
             close("paged_attention, output", o[i, head], weights @ values[head // 2])
@@ -178,7 +179,7 @@ def paged_attention_golden() -> None:
 
 def latent_attention_golden() -> None:
     """Latent attention of a decode step: 4 heads over 12 latent and 8 roped numbers."""
-    cache, rng = _cache((20,)), np.random.default_rng(9)
+    cache, rng = _cache(20), np.random.default_rng(9)
     q = rng.standard_normal((5, 4, 20), np.float32)
     new = np.stack([tokens[-1] for tokens in cache.tokens])
     o, pages = latent_attention(

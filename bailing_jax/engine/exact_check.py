@@ -125,6 +125,7 @@ class _Check:
             page_dtype=spec.page_dtype,
             state_dtype=spec.state_dtype,
             page_size=limits.page_size,
+            whole_lanes=spec.whole_lanes,
         )
 
     def compare(self) -> str | None:

@@ -68,12 +68,19 @@ class EngineLimits:
             f"{rounded}, {num * self.num_pages} pages and {num * bytes_a_shard / 1e6:,.1f} MB"
         )
 
-    def state_spec(self, page_dtype: str, state_dtype: str) -> StateSpec:
-        """One shard's state for so many sequences and pages, NULL slot and page included."""
+    def state_spec(self, page_dtype: str, state_dtype: str, platform: str = "") -> StateSpec:
+        """One shard's state for so many sequences and pages, NULL slot and page included.
+
+        Args:
+            page_dtype: of what pages keep.
+            state_dtype: of the recurrent state.
+            platform: where it lies: jax's name.
+        """
         return StateSpec(
             num_slots=self.max_num_seqs + 1,
             num_pages=self.num_pages + 1,
             page_dtype=page_dtype,
             state_dtype=state_dtype,
             page_size=self.page_size,
+            whole_lanes=platform == "tpu",
         )

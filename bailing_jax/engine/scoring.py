@@ -133,6 +133,7 @@ class Scorer:
             page_dtype=self._spec.page_dtype,
             state_dtype=self._spec.state_dtype,
             page_size=page_size,
+            whole_lanes=self._spec.whole_lanes,
         )
 
         def layout(rows: list[Row], num_prefill: int) -> BatchLayout:

@@ -23,7 +23,7 @@ from pallas_kernels import paged_attention
 
 
 class GqaAttention(Attention):
-    """x [t, d], pages [pages, size, 2, k, h] -> y [t, d], pages."""
+    """x [t, d], pages [pages, size, k * 2 * h] -> y [t, d], pages."""
 
     kind = "gqa"
     tensor_axis = TENSOR_AXES["gqa"]

@@ -41,7 +41,7 @@ class UpProjection(nnx.Module):
 
 
 class MlaAttention(Attention):
-    """x [t, d], pages [pages, size, r + p] -> y [t, d], pages."""
+    """x [t, d], pages [pages, size, L] -> y [t, d], pages; L is r + p, or more: zeros."""
 
     kind = "mla"
     tensor_axis = TENSOR_AXES["mla"]
@@ -65,8 +65,9 @@ class MlaAttention(Attention):
         self, x: jax.Array, pages: jax.Array, layout: BatchLayout, _log_decay: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         config = self.config
-        q = self._queries(x, layout.positions)
-        latents = self._latents(x, layout.positions)
+        num_zeros = pages.shape[-1] - config.kv_lora_rank - config.rope_dim
+        q = self._queries(x, layout.positions, num_zeros)
+        latents = self._latents(x, layout.positions, num_zeros)
         scale = (config.nope_dim + config.rope_dim) ** -0.5 * mla_score_factor(config.rope)
 
         def attend(region, pages, q, latents):
@@ -88,8 +89,8 @@ class MlaAttention(Attention):
         o = einsum("tnr,nrj->tnj", o, self.kv_b_proj.value_weight[...]).astype(x.dtype)
         return self.dense(o.reshape(x.shape[0], -1)), pages
 
-    def _queries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Queries in latent space, then their roped channels: [t, n, r + p]."""
+    def _queries(self, x: jax.Array, positions: jax.Array, num_zeros: int) -> jax.Array:
+        """Queries in latent space, then their roped channels: [t, n, L]."""
         config = self.config
         if config.q_lora_rank is None:
             q = self.q_proj(x)
@@ -100,13 +101,15 @@ class MlaAttention(Attention):
         dtype = jnp.dtype(self.options.rotated_dtype)
         q_rope = rotate_interleaved(q_rope, positions, config.rope, dtype)
         q_latent = einsum("tnh,nhr->tnr", q_nope, self.kv_b_proj.key_weight[...])
-        return jnp.concatenate([q_latent.astype(x.dtype), q_rope.astype(x.dtype)], axis=-1)
+        zeros = jnp.zeros((*q_rope.shape[:-1], num_zeros), x.dtype)
+        return jnp.concatenate([q_latent.astype(x.dtype), q_rope.astype(x.dtype), zeros], axis=-1)
 
-    def _latents(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """What the cache keeps of a token: [t, r + p]."""
+    def _latents(self, x: jax.Array, positions: jax.Array, num_zeros: int) -> jax.Array:
+        """What the cache keeps of a token: [t, L]."""
         rank = self.config.kv_lora_rank
         projected = self.kv_a_proj_with_mqa(x)
         latent = self.kv_a_layernorm(projected[:, :rank])
         dtype = jnp.dtype(self.options.rotated_dtype)
         key = rotate_interleaved(projected[:, None, rank:], positions, self.config.rope, dtype)
-        return jnp.concatenate([latent, key[:, 0].astype(x.dtype)], axis=-1)
+        zeros = jnp.zeros((x.shape[0], num_zeros), x.dtype)
+        return jnp.concatenate([latent, key[:, 0].astype(x.dtype), zeros], axis=-1)

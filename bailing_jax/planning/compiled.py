@@ -112,7 +112,7 @@ def _compiled(
             options=("compile",),
         ) from error
     done = time.perf_counter()
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     return CompiledStep(
         name=name,
         rows_a_shard=rows,
@@ -120,7 +120,8 @@ def _compiled(
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        collectives=hlo.collectives(compiled.as_text(), mesh),
+        collectives=hlo.collectives(text, mesh),
+        state_copies=hlo.state_copies(text),
         trace_s=round(traced - begun, 1),
         compile_s=round(done - traced, 1),
         compile_cpu_s=round(time.process_time() - used, 1),

@@ -36,6 +36,8 @@ class CompiledStep:
         temporary_bytes: allocated while it runs.
         code_bytes: of the program.
         collectives: by kind.
+        state_copies: of whole pools that are updated in place all the same; each counted once
+            however often a loop runs it.
         trace_s: seconds to trace and lower.
         compile_s: seconds to compile.
         compile_cpu_s: the processor time of it, which other programs change less.
@@ -48,6 +50,7 @@ class CompiledStep:
     temporary_bytes: int
     code_bytes: int
     collectives: tuple[Collective, ...]
+    state_copies: int
     trace_s: float
     compile_s: float
     compile_cpu_s: float

@@ -114,14 +114,14 @@ def page_bytes(config: ModelConfig, mesh: MeshShape, load: Workload) -> int:
 
 
 def token_bytes(config: ModelConfig, mesh: MeshShape, load: Workload) -> int:
-    """Of what the pages keep of one token in all layers: latents whole, key-value heads divided
-    and copied where there are fewer than devices."""
+    """Of what the pages keep of one token in all layers: latents whole, as wide as on a TPU;
+    key-value heads divided, and copied where there are fewer than devices."""
     layers = sum(layer.attention != "lightning" for layer in layer_plan(config))
     width = 0
     if (att := config.gqa) is not None:
         width = 2 * max(1, att.num_kv_heads // mesh.tensor) * att.head_dim
     elif (att := config.mla) is not None:
-        width = att.kv_lora_rank + att.rope_dim
+        width = att.page_width
     return layers * width * ITEM_BYTES[load.dtype]
 
 
@@ -147,7 +147,7 @@ def _attention_bytes(config: ModelConfig, mesh: MeshShape, rows: int, item: int)
         found = max(found, rows * heads * att.head_dim * (3 * item + 3 * _FLOAT32))
     if (att := config.mla) is not None:
         heads = att.num_heads // mesh.tensor
-        latent = att.kv_lora_rank + att.rope_dim
+        latent = att.page_width
         found = max(found, rows * heads * latent * (2 * item + 2 * _FLOAT32))
     return found
 

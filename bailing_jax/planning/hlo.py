@@ -1,4 +1,5 @@
-"""Reads the collectives off a compiled program's text: kind, bytes, and over which devices.
+"""Reads off a compiled program's text: its collectives (kind, bytes, and over which devices), and
+whether it lays out the state anew.
 
 A group of devices says which axis of the mesh a collective runs over: devices are numbered in the
 order of the mesh, `tensor` the fastest, then `expert`, then `data`.
@@ -26,6 +27,11 @@ KINDS = (
 )
 # The jitted function that every layer is (bailing_jax.model), in the names of operations.
 _LAYER = "jit(_run_layer)"
+# `input_output_alias={ {2}: (118, {}, may-alias), ... }`: arguments that are updated in place.
+_ALIASES = re.compile(r"input_output_alias=\{(.*?) \}, ")
+_ALIASED = re.compile(r": \((\d+), ")
+_ARGUMENTS = re.compile(r"entry_computation_layout=\{\((.*?)\)->")
+_COPY = re.compile(r" = (?P<type>[^ ]+) (?:copy|transpose)\(")
 # `%name = TYPE kind(`, `kind-start(`: an asynchronous one; its `-done` is not counted again.
 _CALL = re.compile(rf" = (?P<type>\(?[^=]*?\)?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
@@ -53,6 +59,20 @@ def collectives(text: str, mesh: MeshShape) -> tuple[Collective, ...]:
         for (each, over, is_in_layer), sizes in sorted(found.items())
         if each == kind
     )
+
+
+def state_copies(text: str) -> int:
+    """How often a program in HLO text copies a whole argument that it updates in place.
+
+    The compiler may keep a pool's buffer and yet lay it out anew before and after each update: such
+    copies are found by their size. Each is counted once, however often a loop runs it.
+    """
+    aliases, arguments = _ALIASES.search(text), _ARGUMENTS.search(text)
+    if aliases is None or arguments is None:
+        return 0
+    sizes = list(_sizes(arguments[1]))
+    state = {sizes[int(number)] for number in _ALIASED.findall(aliases[1])}
+    return sum(sum(_sizes(copy["type"])) in state for copy in _COPY.finditer(text))
 
 
 def _sizes(text: str) -> Iterator[int]:

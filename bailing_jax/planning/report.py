@@ -234,5 +234,7 @@ def _compiled(plan: Plan) -> list[str]:
             f"GiB; code {step.code_bytes / 2**20:.1f} MiB",
             f"    collectives in the program: {collectives or 'none'}",
             f"    a layer has {beside:.2f} beside the exchange of the experts' rows",
+            *[f"    whole pools are copied at {step.state_copies} places"]
+            * bool(step.state_copies),
         ]
     return lines

@@ -42,7 +42,9 @@ def paged_attention(
         q: [T, N, H] roped queries.
         k: [T, Kh, H] roped keys of the new tokens; query head n reads key head n * Kh // N.
         v: [T, Kh, H].
-        pages: [num_pages, page_size, 2, Kh, H], keys then values; donate it. Page 0 is NULL.
+        pages: [num_pages, page_size, Kh * 2 * H], of each head its key, then its value; donate it.
+            Page 0 is NULL. Flat, because a TPU keeps arrays in tiles of their last two axes: with
+            heads among those it would lay out the whole pool anew, in every step, to write a row.
         page_table: int32 [B, W]; a first entry of 0 marks a padding sequence.
         context_lengths: int32 [B], tokens in the pages before this call.
         cu_seqlens: int32 [B + 1] for packed segments, None when row t is sequence t.
@@ -60,8 +62,9 @@ def paged_attention(
     kv_heads = k.shape[1]
     if k.shape != (rows, kv_heads, head_dim) or v.shape != k.shape or heads % kv_heads:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: want [T,N,H] and [T,Kh,H], Kh|N")
-    if pages.ndim != 5 or pages.shape[2:] != (2, kv_heads, head_dim):
-        raise ValueError(f"pages: want [pages,size,2,{kv_heads},{head_dim}], got {pages.shape}")
+    width = kv_heads * 2 * head_dim
+    if pages.ndim != 3 or pages.shape[2] != width:
+        raise ValueError(f"pages: want [pages,size,{width}], got {pages.shape}")
     check_sequences(rows, page_table, context_lengths, cu_seqlens)
     run = dispatch.choose("paged_attention", implementation, q, k, v, pages, exact=exact)
     return _jit(run)(

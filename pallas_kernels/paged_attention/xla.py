@@ -28,12 +28,17 @@ def paged_attention(
         "context_lengths": context_lengths,
         "cu_seqlens": cu_seqlens,
     }
-    pages = append(pages, jnp.stack([k, v], axis=1), **where)
+    pages = append(pages, jnp.stack([k, v], axis=2).reshape(rows, -1), **where)
     q = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)
+
+    def split(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tokens = tokens.reshape(*tokens.shape[:2], kv_heads, 2, head_dim)
+        return tokens[:, :, :, 0], tokens[:, :, :, 1]
+
     o = attend(
         q,
         pages,
-        lambda tokens: (tokens[:, :, 0], tokens[:, :, 1]),
+        split,
         **where,
         scale=scale,
         fixed_blocks=fixed_blocks,

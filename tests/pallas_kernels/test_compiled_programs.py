@@ -89,7 +89,7 @@ def program(name: str, implementation: str, dtype: str) -> Program:
             (spec(P, 5, 3), spec(P, 5, 3), spec(P, 5, 7), decays),
         ),
         "paged": Program(
-            paged, spec(PAGES, 4, 2, 3, 7), tables,
+            paged, spec(PAGES, 4, 42), tables,
             (spec(T, 6, 7), spec(T, 3, 7), spec(T, 3, 7)),
         ),
         "latent": Program(

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import assert_same_bits, normal, poison
+from paged_cases import keys_and_values
 
 from pallas_kernels import (
     dispatch,
@@ -58,7 +59,7 @@ def test_r108_an_experts_load_and_lane_change_no_bit(rng, dtype, rows):
 def attention(kind, rng, dtype, lengths, width, mine, place):
     """One call whose sequence `place` is `mine` (q, tokens); the others are random, or pads (0)."""
     size, num_pages = 16, 1 + len(lengths) * 30
-    token = (2, 2, 12) if kind == "paged" else (20,)
+    token = (48,) if kind == "paged" else (20,)
     order = iter(rng.permutation(np.arange(1, num_pages)).tolist())
     pages = poison(rng, (num_pages, size, *token), dtype)
     table = np.zeros((len(lengths), width), np.int32)
@@ -83,7 +84,7 @@ def attention(kind, rng, dtype, lengths, width, mine, place):
     }
     if kind == "paged":
         o, _ = paged_attention(
-            *(jnp.asarray(a) for a in (q, new[:, 0], new[:, 1], pages)), **where
+            *(jnp.asarray(a) for a in (q, *keys_and_values(new, 2), pages)), **where
         )
     else:
         o, _ = latent_attention(
@@ -97,7 +98,7 @@ def attention(kind, rng, dtype, lengths, width, mine, place):
 @pytest.mark.parametrize("length", [1, 33, 255, 257, 300])
 def test_r039_neighbours_and_a_wider_table_change_no_bit_of_attention(rng, dtype, kind, length):
     """KV blocks have one size and count from token 0, in tables 19, 29 and 4 pages wide."""
-    token = (2, 2, 12) if kind == "paged" else (20,)
+    token = (48,) if kind == "paged" else (20,)
     mine = (
         normal(rng, (1, 6, 12 if kind == "paged" else 20), dtype),
         normal(rng, (length, *token), dtype),

@@ -15,7 +15,7 @@ import pytest
 from checks import assert_close, assert_same_bits, normal
 from lightning_cases import LOG_DECAY, SCALE, K, N, Rows, S, Segment, V, fold, pool, prefill
 from lightning_cases import spoil_pads as spoil
-from paged_cases import Seq, build, causal_attention
+from paged_cases import Seq, build, causal_attention, keys_and_values
 from test_experts import TOLERANCE as EXPERTS_TOLERANCE
 from test_experts import mixture
 from test_experts import spoil as spoil_rows
@@ -86,8 +86,9 @@ SEQUENCES = [Seq(0, 9), Seq(0, 0), Seq(0, 1), Seq(0, 23), Seq(0, 24)]
 
 def run_paged(call, implementation, q=None, rows=None):
     q, rows = call.q if q is None else q, call.rows if rows is None else rows
+    k, v = keys_and_values(rows, N_KV)
     return paged_attention(
-        jnp.asarray(q), jnp.asarray(rows[:, 0]), jnp.asarray(rows[:, 1]), jnp.asarray(call.pages),
+        jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(call.pages),
         page_table=jnp.asarray(call.page_table), cu_seqlens=jnp.asarray(call.cu_seqlens),
         context_lengths=jnp.asarray(call.context_lengths), scale=SCALE,
         implementation=implementation,
@@ -106,7 +107,8 @@ def run_latent(call, implementation, q=None, rows=None):
 
 def paged_oracle(q, tokens):
     reads = [n * N_KV // N_Q for n in range(N_Q)]
-    return causal_attention(q, tokens[:, 0, reads], tokens[:, 1, reads], 0, SCALE)
+    keys, values = keys_and_values(tokens, N_KV)
+    return causal_attention(q, keys[:, reads], values[:, reads], 0, SCALE)
 
 
 def latent_oracle(q, tokens):
@@ -116,7 +118,7 @@ def latent_oracle(q, tokens):
 
 PAGED = pytest.mark.parametrize(
     ("run", "oracle", "token"),
-    [(run_paged, paged_oracle, (2, N_KV, WIDTH)), (run_latent, latent_oracle, (WIDTH,))],
+    [(run_paged, paged_oracle, (N_KV * 2 * WIDTH,)), (run_latent, latent_oracle, (WIDTH,))],
     ids=["paged", "latent"],
 )
 

@@ -1,4 +1,4 @@
-"""Collectives read off a program's text."""
+"""Collectives, and copies of the state, read off a program's text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from bailing_jax.mesh import MeshShape
 from bailing_jax.planning.compiled_step import Collective, CompiledStep
-from bailing_jax.planning.hlo import collectives
+from bailing_jax.planning.hlo import collectives, state_copies
 
 MESH = MeshShape(expert=2, tensor=2)
 LAYER = 'metadata={op_name="jit(f)/jit(_run_layer)/psum"}'
@@ -47,5 +47,34 @@ def test_a_program_without_any() -> None:
 
 def test_those_of_a_layer_beside_the_exchange() -> None:
     exchange = Collective("all-gather", "expert", True, 9, 5)
-    step = CompiledStep("decode", 1, 0, 0, 0, 0, (*FOUND, exchange), 0.0, 0.0, 0.0)
+    step = CompiledStep("decode", 1, 0, 0, 0, 0, (*FOUND, exchange), 0, 0.0, 0.0, 0.0)
     assert step.beside_the_exchange(2) == pytest.approx(1.5)
+
+
+def program(*lines: str, aliases: str = "{1}: (2, {}, may-alias), {2}: (1, {}, must-alias)") -> str:
+    arguments = "s32[8]{0}, bf16[5,64,256]{2,1,0:T(8,128)(2,1)}, /*index=2*/f32[9,4,16]{2,1,0}"
+    head = f"HloModule step, is_scheduled=true, input_output_alias={{ {aliases} }}, "
+    entry = f"entry_computation_layout={{({arguments})->(s32[8]{{0}}, bf16[5,64,256]{{2,1,0}})}}"
+    return "\n".join([head + entry, "ENTRY %main {", *(f"  {line}" for line in lines), "}"])
+
+
+@pytest.mark.parametrize(
+    ("line", "count"),
+    [
+        ("%copy.1 = bf16[5,64,2,128]{3,2,1,0:T(2,128)(2,1)} copy(%pages)", 1),
+        ("ROOT %t = f32[16,9,4]{2,1,0} transpose(%slots), dimensions={2,0,1}", 1),
+        ("%copy.2 = s32[8]{0} copy(%tokens)", 0),
+        ("%scatter = bf16[5,64,256]{2,1,0} fusion(%pages), calls=%fused", 0),
+        ("%row = bf16[64,256]{1,0} copy(%page)", 0),
+    ],
+)
+def test_copies_of_what_is_updated_in_place(line: str, count: int) -> None:
+    """Of another shape or layout, they are found by their size."""
+    assert state_copies(program(line)) == count
+    assert state_copies(program(line, line, "%x = f32[] add(%a, %b)")) == 2 * count
+
+
+def test_of_an_argument_that_is_only_read_copies_are_free() -> None:
+    line = "%copy.1 = bf16[5,64,2,128]{3,2,1,0} copy(%weights)"
+    assert state_copies(program(line, aliases="{1}: (2, {}, may-alias)")) == 0
+    assert state_copies("ENTRY %main { %copy = f32[8]{0} copy(%p) }") == 0

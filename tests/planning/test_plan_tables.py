@@ -69,6 +69,7 @@ CASE: dict[str, Any] = {
             "argument_bytes": 1150,
             "alias_bytes": 100,
             "temporary_bytes": 2**30,
+            "state_copies": 0,
             "beside_the_exchange": 2.0,
             "compile_s": 300.0,
             "compile_cpu_s": 200.0,
@@ -90,7 +91,8 @@ def test_a_case_within_the_limits() -> None:
     ("field", "value", "says"),
     [
         ("argument_bytes", 1300, "1.182 of the floor"),
-        ("alias_bytes", 99, "the state is copied"),
+        ("alias_bytes", 99, "the state is not updated in place"),
+        ("state_copies", 3, "the state is copied at 3 places"),
         ("temporary_bytes", 2**30 + 2**20, "1.00 GiB of temporaries"),
         ("beside_the_exchange", 2.1, "2.10 collectives a layer"),
         ("compile_s", 301.0, "compiled in 301.0 s"),

@@ -8,6 +8,7 @@ of its own, so that a wrong head or group shows; every shard has work of its own
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -240,11 +241,14 @@ def run_on(programs: Programs, name: str, mesh: MeshShape) -> list[Seen]:
     """All shards' schedules at once, on a mesh."""
     shards = mesh.num_shards
     calls = [schedule(shard) for shard in range(shards)]
-    alone = leaf_shapes(config_of(name), SPEC)
+    config = config_of(name)
+    alone = leaf_shapes(config, SPEC)
+    # What pages hold of a key-value head, of which devices may have copies.
+    head = 2 * config.gqa.head_dim if config.gqa else 1
     state = programs.new_state(SPEC)
     state = DecodeState(
         tuple(
-            jax.device_put(_spread_leaf(poisoned(shape), leaf, mesh), leaf.sharding)
+            jax.device_put(_spread_leaf(poisoned(shape), leaf, mesh, head), leaf.sharding)
             for shape, leaf in zip(alone, state.layers, strict=True)
         )
     )
@@ -268,24 +272,31 @@ def run_on(programs: Programs, name: str, mesh: MeshShape) -> list[Seen]:
             seen[shard].logits.append(logits if shards == 1 else logits[shard])
     for shard in range(shards):
         for shape, leaf in zip(alone, state.layers, strict=True):
-            seen[shard].state.append(_gathered_leaf(np.asarray(leaf), shape, shard, shards))
+            seen[shard].state.append(_gathered_leaf(np.asarray(leaf), shape, shard, shards, head))
     return seen
 
 
-def _spread_leaf(alone: np.ndarray, leaf: jax.Array, mesh: MeshShape) -> np.ndarray:
+def _spread_leaf(alone: np.ndarray, leaf: jax.Array, mesh: MeshShape, head: int) -> np.ndarray:
     """The same content for every shard, heads repeated where devices hold copies."""
-    for axis in range(1, alone.ndim):
-        alone = np.repeat(alone, leaf.shape[axis] // alone.shape[axis], axis)
-    return np.concatenate([alone] * mesh.num_shards)
+    return np.concatenate([_repeated(alone, leaf.shape, head)] * mesh.num_shards)
 
 
-def _gathered_leaf(leaf: np.ndarray, shape, shard: int, shards: int) -> np.ndarray:
+def _gathered_leaf(leaf: np.ndarray, shape, shard: int, shards: int, head: int) -> np.ndarray:
     """A shard's part; of copies the first, which the others must equal."""
     mine = np.split(leaf, shards)[shard]
-    for axis in range(1, mine.ndim):
-        copies = mine.shape[axis] // shape.shape[axis]
-        first = np.take(mine, np.arange(0, mine.shape[axis], copies), axis)
-        again = np.repeat(first, copies, axis)
-        assert np.array_equal(again.view(np.uint32), mine.view(np.uint32)), "copies differ"
-        mine = first
-    return mine
+    # Where each number of the first copies lies: numbers are repeated like what they number.
+    places = _repeated(np.arange(math.prod(shape.shape)).reshape(shape.shape), mine.shape, head)
+    first = mine.reshape(-1)[np.unique(places, return_index=True)[1]].reshape(shape.shape)
+    again = _repeated(first, mine.shape, head)
+    assert np.array_equal(again.view(np.uint32), mine.view(np.uint32)), "copies differ"
+    return first
+
+
+def _repeated(alone: np.ndarray, shape: tuple[int, ...], head: int) -> np.ndarray:
+    """Along the last axis each `head` numbers so often that it gets the size in `shape`.
+
+    The other axes have it already.
+    """
+    heads = alone.reshape(*alone.shape[:-1], -1, min(head, alone.shape[-1]))
+    copies = shape[-1] // alone.shape[-1]
+    return np.repeat(heads, copies, axis=-2).reshape(*alone.shape[:-1], -1)
