@@ -1,11 +1,8 @@
 """The expert mixture through XLA: a loop over blocks of rows that share an expert.
 
-(Choice, row) pairs are sorted by expert and cut into blocks inside one expert; each block reads
+(Row, choice) pairs are sorted by expert and cut into blocks inside one expert; each block reads
 its expert's weights once. No pair is dropped and none is padded to a capacity. `ragged_dot`
 would do the same in one call, but XLA expands it to every expert on CPU and on NVIDIA GPUs.
-
-Pairs are numbered choice by choice, so that what the experts gave is added up along the first
-axis: with a row's choices side by side a TPU would have to lay all of it out anew.
 """
 
 from __future__ import annotations
@@ -41,9 +38,9 @@ def expert_mlp(
     block = _block_size(rows, choices, num_experts)
     # Pairs of rows that do not exist sort behind the last expert with those of experts that are
     # not here: they are nobody's own.
-    expert = jnp.where(exists, expert_ids.T, num_experts)
+    expert = jnp.where(exists[:, None], expert_ids, num_experts)
     order = _order(expert.reshape(-1), num_experts)
-    source = jnp.pad(order % rows, (0, block))
+    source = jnp.pad(order // choices, (0, block))
     block_expert, block_start, num_blocks = _blocks(expert.reshape(-1), num_experts, block)
 
     def one_block(number: jax.Array, y: jax.Array) -> jax.Array:
@@ -56,9 +53,14 @@ def expert_mlp(
 
     y = jnp.zeros((pairs + block, x.shape[1]), jnp.float32)
     y = jax.lax.fori_loop(0, num_blocks, one_block, y)
-    y = y[_inverse(order).reshape(choices, rows)] * weights.T[..., None]
-    # The last block may reach into pairs that are nobody's.
-    return jnp.where((expert < num_experts)[..., None], y, 0).sum(axis=0)
+    places, is_here = _inverse(order).reshape(rows, choices), expert < num_experts
+    mixture = jnp.zeros(x.shape, jnp.float32)
+    # One after the other: for choices as an axis beside the rows a TPU would lay it all out anew.
+    for i in range(choices):
+        # The last block may reach into pairs that are nobody's.
+        chosen = jnp.where(is_here[:, i, None], y[places[:, i]] * weights[:, i, None], 0)
+        mixture = mixture + chosen
+    return mixture
 
 
 def _one_row(
