@@ -84,6 +84,21 @@ def spoil(rng: np.random.Generator, m: Mixture, missing: np.ndarray) -> Mixture:
     return replace(m, x=x, ids=ids, weights=weights, exists=~missing)
 
 
+def test_more_pairs_than_integers_can_number_are_refused():
+    """Expert and pair are sorted as one integer of 31 bits."""
+
+    def trace(rows):
+        spec = jax.ShapeDtypeStruct
+        stacks = (spec((256, 3, 2), "float32"), spec((256, 3, 2), "float32"))
+        chosen = (spec((rows, 8), "int32"), spec((rows, 8), "float32"), spec((rows,), "bool"))
+        down = spec((256, 2, 3), "float32")
+        return jax.eval_shape(expert_mlp, spec((rows, 3), "float32"), *stacks, down, *chosen)
+
+    assert trace(1 << 19).shape == (1 << 19, 3)
+    with pytest.raises(ValueError, match="4194312 pairs and 256 experts do not fit 31 bits"):
+        trace((1 << 19) + 1)
+
+
 def test_experts_nobody_chose_are_not_read(rng):
     """Their weights may hold NaN. (The reference multiplies every expert's output by a zero.)"""
     m = mixture(rng, 129)
