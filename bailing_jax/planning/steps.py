@@ -61,7 +61,8 @@ def built(config: ModelConfig, devices: Sequence[Any], mesh: MeshShape, load: Wo
 
     programs = Programs(build(config, options, shape), placement)
     limits = EngineLimits(load.decode_rows(mesh), load.max_model_len, load.prefill_chunk, PAGE_SIZE)
-    spec = limits.state_spec(load.dtype, load.state_dtype, devices[0].platform)
+    # Nothing else is compiled for, whatever the devices are that stand in for them.
+    spec = limits.state_spec(load.dtype, load.state_dtype, "tpu")
     state = DecodeState(placement.state_shapes(spec))  # pyright: ignore[reportArgumentType]
     return Built(programs, programs.leaves, state, limits, placement.mesh)
 
