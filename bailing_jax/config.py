@@ -19,8 +19,6 @@ V2 = "BailingMoeV2ForCausalLM"
 LINEAR_V2 = "BailingMoeLinearV2ForCausalLM"
 V2_5 = "BailingMoeV2_5ForCausalLM"
 SUPPORTED = (V2, LINEAR_V2, V2_5)
-
-
 _LANES = 128  # of a row of a TPU's memory
 
 

@@ -10,7 +10,7 @@ mode; agreement is evidence, not proof.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -119,14 +119,7 @@ class _Check:
         self.long_prompt = max(1, min(max(limits.prefill_chunk, _LONG), room))
         self.pages_each = -(-(self.long_prompt + _DECODE_STEPS) // limits.page_size)
         num_seqs = limits.max_num_seqs
-        self.spec = StateSpec(
-            num_slots=num_seqs + 1,
-            num_pages=num_seqs * self.pages_each + 1,
-            page_dtype=spec.page_dtype,
-            state_dtype=spec.state_dtype,
-            page_size=limits.page_size,
-            whole_lanes=spec.whole_lanes,
-        )
+        self.spec = replace(spec, num_slots=num_seqs + 1, num_pages=num_seqs * self.pages_each + 1)
 
     def compare(self) -> str | None:
         """The first thing that differs, or None."""

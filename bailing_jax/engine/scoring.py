@@ -8,6 +8,7 @@ shards the first one scores, and the others run padding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -127,14 +128,7 @@ class Scorer:
         page_size = self._spec.page_size
         # Powers of two, so that texts of many lengths share a few programs.
         num_pages = 1 << (-(-max(len(token_ids), 1) // page_size) - 1).bit_length()
-        spec = StateSpec(
-            num_slots=2,
-            num_pages=num_pages + 1,
-            page_dtype=self._spec.page_dtype,
-            state_dtype=self._spec.state_dtype,
-            page_size=page_size,
-            whole_lanes=self._spec.whole_lanes,
-        )
+        spec = replace(self._spec, num_slots=2, num_pages=num_pages + 1)
 
         def layout(rows: list[Row], num_prefill: int) -> BatchLayout:
             return pack(
