@@ -9,9 +9,10 @@ CPU, so that no accelerator is touched. Must not know what the parameters mean.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -132,18 +133,32 @@ def _orbax(folder: Path, problem: str, hint: str) -> Iterator[ModuleType]:
     if "jax" not in sys.modules:
         os.environ["JAX_PLATFORMS"] = "cpu"  # read by jax at import; Orbax initialises it
     import orbax.checkpoint as ocp
-    from absl import logging
+    from absl import logging as absl_logging
 
-    verbosity, hook = logging.get_verbosity(), sys.unraisablehook
-    logging.set_verbosity(logging.FATAL)
-    # Once one write of a batch has failed, the others find Orbax's event loop closed.
+    verbosity, hook = absl_logging.get_verbosity(), sys.unraisablehook
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    # Once one write of a batch has failed, others fail too, or find Orbax's event loop closed.
     sys.unraisablehook = lambda u: None if isinstance(u.exc_value, RuntimeError) else hook(u)
+    asyncio_logger, is_news = logging.getLogger("asyncio"), _is_news(folder)
+    asyncio_logger.addFilter(is_news)
     try:
         yield ocp
     except Exception as error:  # Orbax documents no set of errors
         reason = str(error).partition(" [tensorstore_spec=")[0]  # a page of settings
         raise UserError(f"{folder}: {problem}: {reason}", hint, EXIT_FAILURE) from error
     else:
-        sys.unraisablehook = hook  # after a failure they may take their time
+        # After a failure the others may take their time.
+        sys.unraisablehook = hook
+        asyncio_logger.removeFilter(is_news)
     finally:
-        logging.set_verbosity(verbosity)
+        absl_logging.set_verbosity(verbosity)
+
+
+def _is_news(folder: Path) -> Callable[[logging.LogRecord], bool]:
+    """What asyncio's log may show: all but failed writes to this folder that nobody waited for."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, ValueError) or str(folder.absolute()) not in str(error)
+
+    return is_news

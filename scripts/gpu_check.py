@@ -194,7 +194,7 @@ def add_peer(report: dict[str, Any], args: argparse.Namespace) -> None:
 
 def about(dry: bool) -> dict[str, Any]:
     """What was measured, on what."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "dry": dry,

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from bailing_jax.layers import expert_send
 from bailing_jax.layers.parallel import Parallel, num_blocks
+from pallas_kernels.order import stable_order
 
 # (x, ids, weights, exists) -> [t, d]
 RunExperts = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -116,7 +117,7 @@ def _where_chosen(
     if size == rows:
         return run(x, ids, weights, exists)
     chosen = ((ids < num_here).any(axis=1)) & exists
-    order, num_chosen = jnp.argsort(~chosen, stable=True), chosen.sum()
+    order, num_chosen = stable_order(jnp.where(chosen, 0, 1), 2), chosen.sum()
 
     def part(number: jax.Array, y: jax.Array) -> jax.Array:
         at = jax.lax.dynamic_slice_in_dim(order, number * size, size)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from bailing_jax.layers.parallel import Parallel
 from pallas_kernels import compat
+from pallas_kernels.order import inverse, stable_order
 
 # Experts of one choice a row: (x, ids [t, 1], weights [t, 1], exists) -> float32 [t, d]
 RunExperts = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -77,7 +78,7 @@ def send(
     on_my_line = owner % parallel.tensor_experts == parallel.experts_index()
     goes = exists[:, None] & on_my_line
     receiver = jnp.where(goes, owner // parallel.tensor_experts, shards).reshape(-1)
-    order = jnp.argsort(receiver, stable=True)
+    order = stable_order(receiver, shards + 1)
     bounds = jnp.searchsorted(receiver[order], jnp.arange(shards + 1)).astype(jnp.int32)
     plan = _Plan(parallel.gather_counts(bounds[1:] - bounds[:-1]), parallel.expert_index(), quota)
     rows_of, local_ids = x[order // choices], (ids % num_here).reshape(-1)[order]
@@ -98,7 +99,7 @@ def send(
     num_rounds = parallel.largest(-(-plan.counts.max() // quota))
     y = jnp.zeros((rows * choices, x.shape[1]), jnp.float32)
     y = jax.lax.fori_loop(0, num_rounds, one_round, y)
-    y = y[jnp.argsort(order)].reshape(rows, choices, -1)
+    y = y[inverse(order)].reshape(rows, choices, -1)
     return jnp.where(goes[..., None], y * weights[..., None], 0).sum(axis=1)
 
 

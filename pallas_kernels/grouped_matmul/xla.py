@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compat import einsum
+from pallas_kernels.order import inverse, stable_order
 
 _BLOCKS = (8, 16, 32, 64)
 
@@ -39,7 +40,7 @@ def expert_mlp(
     # Pairs of rows that do not exist sort behind the last expert with those of experts that are
     # not here: they are nobody's own.
     expert = jnp.where(exists[:, None], expert_ids, num_experts)
-    order = _order(expert.reshape(-1), num_experts)
+    order = stable_order(expert.reshape(-1), num_experts + 1)
     source = jnp.pad(order // choices, (0, block))
     block_expert, block_start, num_blocks = _blocks(expert.reshape(-1), num_experts, block)
 
@@ -53,7 +54,7 @@ def expert_mlp(
 
     y = jnp.zeros((pairs + block, x.shape[1]), jnp.float32)
     y = jax.lax.fori_loop(0, num_blocks, one_block, y)
-    places, is_here = _inverse(order).reshape(rows, choices), expert < num_experts
+    places, is_here = inverse(order).reshape(rows, choices), expert < num_experts
     mixture = jnp.zeros(x.shape, jnp.float32)
     # One after the other: for choices as an axis beside the rows a TPU would lay it all out anew.
     for i in range(choices):
@@ -74,7 +75,7 @@ def _one_row(
 ) -> jax.Array:
     """A lone row's experts are all different: those that are here go first, one after the other."""
     is_here = (expert_ids < gate.shape[0]) & exists
-    order = jnp.argsort(~is_here, stable=True)
+    order = stable_order(jnp.where(is_here, 0, 1), 2)
 
     def one_choice(i: jax.Array, y: jax.Array) -> jax.Array:
         e = expert_ids[order[i]]
@@ -94,34 +95,6 @@ def _block_size(rows: int, choices: int, num_experts: int) -> int:
     """Rows a block: about what an expert gets."""
     share = rows * choices / num_experts
     return next((size for size in _BLOCKS if size >= share), _BLOCKS[-1])
-
-
-def _order(expert: jax.Array, num_experts: int) -> jax.Array:
-    """The pairs in the order of their experts, and of their numbers inside one: int32 [pairs].
-
-    Expert and number go into one integer: keys that all differ are the cheapest to sort.
-    """
-    pairs = expert.shape[0]
-    bits = (pairs - 1).bit_length()
-    if (num_experts + 1) << bits > 1 << 31:
-        raise ValueError(f"{pairs} pairs and {num_experts} experts do not fit 31 bits")
-    keys = expert << bits | jnp.arange(pairs, dtype=jnp.int32)
-    return jax.lax.sort(keys, is_stable=False) & ((1 << bits) - 1)
-
-
-def _inverse(order: jax.Array) -> jax.Array:
-    """Where each pair stands in `order`: int32 [pairs]."""
-    pair = jnp.arange(order.shape[0], dtype=jnp.int32)
-
-    def sorted_(order: jax.Array) -> jax.Array:
-        return jax.lax.sort((order, pair), num_keys=1, is_stable=False)[1]
-
-    def scattered(order: jax.Array) -> jax.Array:
-        places = jnp.zeros_like(order)
-        return places.at[order].set(pair, mode="promise_in_bounds", unique_indices=True)
-
-    # A TPU scatters one number after the other.
-    return jax.lax.platform_dependent(order, tpu=sorted_, default=scattered)
 
 
 def _blocks(

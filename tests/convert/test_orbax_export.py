@@ -6,6 +6,7 @@ Expected hashes are of the bytes written before any array exists. Whatever conce
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -419,3 +420,25 @@ def test_failed_writes_that_come_late_are_not_shown(
     sys.unraisablehook(cast(Any, late))
     sys.unraisablehook(cast(Any, other))
     assert shown == [other]
+
+
+def test_failed_writes_nobody_waited_for_are_not_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio logs them where their futures are collected, a page for each array."""
+    folder = tmp_path / "orbax"
+
+    def forgotten(error: Exception) -> None:
+        loop = asyncio.new_event_loop()
+        loop.create_future().set_exception(error)
+        loop.close()
+
+    with pytest.raises(UserError), orbax_export._orbax(folder, "problem", "hint"):
+        raise OSError
+    forgotten(ValueError(f"OUT_OF_RANGE: Error writing to {folder}.orbax-checkpoint-tmp/d/1"))
+    assert not caplog.records
+    forgotten(ValueError("another's"))
+    with orbax_export._orbax(tmp_path / "later", "problem", "hint"):
+        pass
+    forgotten(ValueError(f"{tmp_path / 'later'}: not of an export"))
+    assert [record.name for record in caplog.records] == ["asyncio", "asyncio"]

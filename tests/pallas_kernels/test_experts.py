@@ -95,7 +95,7 @@ def test_more_pairs_than_integers_can_number_are_refused():
         return jax.eval_shape(expert_mlp, spec((rows, 3), "float32"), *stacks, down, *chosen)
 
     assert trace(1 << 19).shape == (1 << 19, 3)
-    with pytest.raises(ValueError, match="4194312 pairs and 256 experts do not fit 31 bits"):
+    with pytest.raises(ValueError, match="4194312 places of 257 keys do not fit 31 bits"):
         trace((1 << 19) + 1)
 
 
