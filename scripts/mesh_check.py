@@ -5,10 +5,11 @@
 
 Two models, on one device and on every mesh of --devices that cuts along one axis: the shipped one
 with word problems, and a random LinearV2 of about 1 B parameters with 32 experts (--tiny: a small
-one) with random prompts. In float32 every greedy token must be that of one device, and the logits
-of a prompt within the bound of a mesh. Of the random model also tokens/s in bfloat16, all requests
-at once, compiled before: wall times of the same call, best of 3. Prints one JSON object; exit code
-1 if an answer differs.
+one) with random prompts. In float32 the logits of a prompt must lie within the bound of a mesh, and
+every greedy token must be that of one device; an answer may leave that of one device only where
+its two tokens' logits differ by less than the bound allows (random weights make such ties). Of the
+random model also tokens/s in bfloat16, all requests at once, compiled before: wall times of the
+same call, best of 3. Prints one JSON object; exit code 1 if an answer differs.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def main() -> int:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "mesh_check.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
-    return 0 if all(row["same_answers"] for row in report["rows"]) else 1
+    return 0 if all(row["agrees"] for row in report["rows"]) else 1
 
 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -90,14 +91,17 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for axis in ("", *AXES):
             mesh = f"{axis}={args.devices}" if axis else None
             row: dict[str, Any] = {"model": name, "mesh": mesh or "one device"}
-            found = answers(model, mesh)
+            found = answers(model, mesh, alone.get("tokens"))
             alone = alone or found
+            spread = alone["logits"].std()
             row["parameters"] = found["parameters"]
-            same = sum(a == b for a, b in zip(found["tokens"], alone["tokens"], strict=True))
-            row |= {"answers": len(found["tokens"]), "same": same}
-            difference = abs(found["logits"] - alone["logits"]).max() / alone["logits"].std()
-            row["logits_off"] = float(difference)
-            row["same_answers"] = same == row["answers"] and row["logits_off"] <= BOUND
+            row["answers"] = len(found["tokens"])
+            row["same"] = row["answers"] - len(found["gaps"])
+            row["gaps"] = [float(gap / spread) for gap in found["gaps"]]
+            row["logits_off"] = float(abs(found["logits"] - alone["logits"]).max() / spread)
+            # Each of two logits may be off by the bound.
+            ties = all(gap <= 2 * BOUND for gap in row["gaps"])
+            row["agrees"] = ties and row["logits_off"] <= BOUND
             yield row | (speed(model, mesh) if model["model"] else {})
 
 
@@ -111,32 +115,44 @@ def load(model: dict[str, Any], mesh: str | None, dtype: str) -> Any:
     )  # fmt: skip
 
 
-def ask(llm: Any, params: Any) -> list[list[int]]:
-    """The tokens of every answer: to word problems, or to random prompts where nobody can read."""
+def prompts(llm: Any) -> list[list[int]]:
+    """Word problems, or random tokens for a model that nobody can read."""
     import numpy as np
 
     if llm.tokenizer is not None:
         from bailing_jax.tasks.word_problems import word_problem
 
         asked = [word_problem(0, i, "test").question for i in range(NUM)]
-        outputs = llm.chat([[{"role": "user", "content": text}] for text in asked], params)
-    else:
-        rng = np.random.default_rng(0)
-        lengths = rng.integers(1, 2 * PROMPT, NUM)
-        asked = [rng.integers(3, llm.config.vocab_size, n).tolist() for n in lengths]
-        outputs = llm.generate(asked, params)
-    return [output.outputs[0].token_ids for output in outputs]
+        return [llm.chat_prompt([{"role": "user", "content": text}]) for text in asked]
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 2 * PROMPT, NUM)
+    return [rng.integers(3, llm.config.vocab_size, n).tolist() for n in lengths]
 
 
-def answers(model: dict[str, Any], mesh: str | None) -> dict[str, Any]:
-    """Greedy tokens of every prompt, and the logits of one, in float32."""
+def answers(
+    model: dict[str, Any], mesh: str | None, alone: list[list[int]] | None
+) -> dict[str, Any]:
+    """Greedy tokens of every prompt, and the logits of one, in float32.
+
+    `gaps`: of each answer that is not that of one device, how far apart this mesh's logits of the
+    first two tokens that differ are.
+    """
     from bailing_jax import SamplingParams
     from bailing_jax.params import describe
 
     llm = load(model, mesh, "float32")
-    params = SamplingParams(max_tokens=ANSWER, temperature=0.0)
+    params = SamplingParams(max_tokens=ANSWER, temperature=0.0, ignore_eos=True)
+    asked = prompts(llm)
+    tokens = [output.outputs[0].token_ids for output in llm.generate(asked, params)]
+    gaps = []
+    for prompt, mine, theirs in zip(asked, tokens, alone or tokens, strict=True):
+        if mine != theirs:
+            at = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+            logits = llm.logits(prompt + mine[:at])[-1]
+            gaps.append(abs(logits[mine[at]] - logits[theirs[at]]))
     return {
-        "tokens": ask(llm, params),
+        "tokens": tokens,
+        "gaps": gaps,
         "logits": llm.logits(list(range(3, 3 + PROMPT))),
         "parameters": sum(param.size for param in describe(llm.config)),
     }
