@@ -35,7 +35,10 @@ ONE_B: dict[str, Any] = {
     "topk_group": 2, "moe_intermediate_size": 1024, "moe_shared_expert_intermediate_size": 1024,
     "intermediate_size": 8192, "vocab_size": 32768, "eos_token_id": 2, "pad_token_id": 2,
 }  # fmt: skip
-TINY = {**ONE_B, "hidden_size": 64, "head_dim": 16, "vocab_size": 512}
+TINY = {
+    **ONE_B, "hidden_size": 64, "head_dim": 16, "vocab_size": 512, "intermediate_size": 256,
+    "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32,
+}  # fmt: skip
 PRESET = "ring-mini-linear-2.0"
 MODELS = ("shipped", "random")
 NUM, ANSWER, PROMPT = 32, 64, 200
