@@ -35,9 +35,9 @@ CONCURRENCY = 32
 # More problems than places, so that prompts keep joining answers under way.
 NUM, QUICK_NUM = 40, 6
 QUICK_CONCURRENCY = 4
-# Alone, the planted package is right, which a dozen show. In exact mode a step has all 32 rows
+# Alone, the planted package is right, which a few show. In exact mode a step has all 32 rows
 # whoever is there: a problem alone takes as long as 32.
-NUM_ALONE_PLANTED, NUM_ALONE_EXACT = 12, 6
+NUM_ALONE_HEALTHY, NUM_ALONE_PLANTED, NUM_ALONE_EXACT = 20, 8, 4
 SHOWN, SHOWN_LINES = 2, 8
 WORKER = Path(__file__).resolve().parent / "founding_bug_worker.py"
 _TAKEN = ("num", "correct", "accuracy", "ci95", "truncated", "seconds", "tokens_per_s")
@@ -146,7 +146,7 @@ class Asking:
     ) -> list[Result]:
         """Ask one package; `on_compiled` is called once, by the end at the latest."""
         jobs = [Job(name, count, exact) for count in (1, self.company)]
-        most = NUM_ALONE_PLANTED if name == "planted" else self.num
+        most = NUM_ALONE_PLANTED if name == "planted" else NUM_ALONE_HEALTHY
         num_alone = min(self.num, NUM_ALONE_EXACT if exact else most)
         arguments = [
             "--num", str(self.num), "--num-alone", str(num_alone), "--company", str(self.company),
