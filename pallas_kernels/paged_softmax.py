@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compat import einsum
-from pallas_kernels.tiles import put_rows, segment_of, take_rows, tile_segments
+from pallas_kernels.tiles import (
+    Tiles,
+    fold_used,
+    put_rows,
+    segment_of,
+    take_rows,
+    tile_segments,
+)
 
 BLOCK_TOKENS = 256
 QUERY_TILE = 64
@@ -100,14 +107,24 @@ def attend(
         o = _attend_tiles(q[:, None], pages, split, page_table, lengths, context_lengths, scale)
         return jnp.where(exists[:, None, None, None], o[:, 0], 0)
     tiles = tile_segments(cu_seqlens, q.shape[0], QUERY_TILE)
-    table = page_table[tiles.segment]
-    exists = (tiles.length > 0) & (table[:, 0] != 0)
-    # A tile's first row stands behind the context and the tiles before it.
-    first = context_lengths[tiles.segment] + tiles.rows[:, 0] - cu_seqlens[tiles.segment]
-    lengths = jnp.where(exists, first + tiles.length, 0)
-    o = _attend_tiles(take_rows(q, tiles), pages, split, table, lengths, first, scale)
-    o = jnp.where(exists[:, None, None, None, None], o, 0)
-    return put_rows(o, tiles)
+
+    def some_tiles(number: jax.Array, here: Tiles, o: jax.Array) -> jax.Array:
+        table = page_table[here.segment]
+        exists = (here.length > 0) & (table[:, 0] != 0)
+        # A tile's first row stands behind the context and the tiles before it.
+        first = context_lengths[here.segment] + here.rows[:, 0] - cu_seqlens[here.segment]
+        lengths = jnp.where(exists, first + here.length, 0)
+        part = _attend_tiles(take_rows(q, here), pages, split, table, lengths, first, scale)
+        part = jnp.where(exists[:, None, None, None, None], part, 0)
+        return o.at[number + jnp.arange(here.length.shape[0])].set(part, mode="drop")
+
+    value_dim = _value_dim(split, pages)
+    shape = (tiles.length.shape[0], QUERY_TILE, *q.shape[1:-1], value_dim)
+    return put_rows(fold_used(some_tiles, tiles, jnp.zeros(shape, jnp.float32)), tiles)
+
+
+def _value_dim(split: SplitKeysValues, pages: jax.Array) -> int:
+    return jax.eval_shape(split, pages[:1])[1].shape[-1]
 
 
 def _attend_tiles(
@@ -146,11 +163,10 @@ def _attend_tiles(
         return new_highest, total, o * shrink[..., None] + weighted
 
     shape = (q.shape[0], q.shape[2], q.shape[3], q.shape[1])
-    value_dim = jax.eval_shape(split, pages[:1])[1].shape[-1]
     start = (
         jnp.full(shape, _LOWEST, jnp.float32),
         jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, value_dim), jnp.float32),
+        jnp.zeros((*shape, _value_dim(split, pages)), jnp.float32),
     )
     num_blocks = -(-jnp.max(lengths, initial=0) // block)
     _, total, o = jax.lax.fori_loop(0, num_blocks, step, start)

@@ -7,10 +7,19 @@ segment computes does not depend on its neighbours.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.compat import target_platform
+
+Carry = TypeVar("Carry")
+
+# Used tiles that go through a loop's body together: a CPU takes one after the other anyway.
+_TILES_AT_ONCE = {"cpu": 1}
+_TILES_AT_ONCE_ELSEWHERE = 16
 
 
 class Tiles(NamedTuple):
@@ -70,6 +79,33 @@ def tile_segments(cu_seqlens: jax.Array, num_rows: int, size: int) -> Tiles:
         row_exists=row_exists,
         row_place=jnp.where(row_exists, place, 0),
     )
+
+
+def fold_used(run: Callable[[jax.Array, Tiles, Carry], Carry], tiles: Tiles, carry: Carry) -> Carry:
+    """`run` over the tiles in use, a few at a time; the bound of `tile_segments` is mostly air.
+
+    Args:
+        run: (number of the first tile, the tiles [m] from there on, carry) -> carry. Of the tiles
+            it gets at last some may be unused, and their numbers beyond n.
+        tiles: the used ones first, as `tile_segments` makes them.
+        carry: what the first call gets.
+    """
+    num_tiles = tiles.length.shape[0]
+    some = min(num_tiles, _TILES_AT_ONCE.get(target_platform(), _TILES_AT_ONCE_ELSEWHERE))
+    missing = -num_tiles % some
+    names = ("segment", "rows", "valid", "length", "is_first")
+    padded = [
+        jnp.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1))
+        for x in (getattr(tiles, name) for name in names)
+    ]
+
+    def body(number: jax.Array, carry: Carry) -> Carry:
+        start = number * some
+        part = (jax.lax.dynamic_slice_in_dim(x, start, some) for x in padded)
+        return run(start, tiles._replace(**dict(zip(names, part, strict=True))), carry)
+
+    num_used = (tiles.length > 0).sum()
+    return jax.lax.fori_loop(0, -(-num_used // some), body, carry)
 
 
 def segment_of(number: jax.Array, ends: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -11,13 +11,35 @@ Differentiated as it stands.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lightning_attention import xla
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.lightning_attention.xla import of_chunks, output, put_back
+from pallas_kernels.tiles import Tiles, take_rows, tile_segments
+
+
+def lightning_prefill(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    state: jax.Array,
+    *,
+    slots: jax.Array,
+    cu_seqlens: jax.Array,
+    is_fresh: jax.Array,
+    scale: float,
+    chunk_size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.lightning_prefill`."""
+    tiles = tile_segments(cu_seqlens, q.shape[0], chunk_size)
+    q_tile, k_tile, v_tile = (take_rows(x, tiles) for x in (q, k, v))
+    old = state[slots]
+    entering = jnp.where(is_fresh[:, None, None, None], 0, old.astype(jnp.float32))
+    added, decay = of_chunks(k_tile, v_tile, log_decay, tiles)
+    before, after = _in_parallel(added, decay, entering, tiles)
+    o = output(q_tile, k_tile, v_tile, before, log_decay, scale).astype(v.dtype)
+    return put_back(o, after[tiles.last_tile], old, state, slots, cu_seqlens, tiles)
 
 
 def _in_parallel(
@@ -36,6 +58,3 @@ def _in_parallel(
     _, _, after = jax.lax.associative_scan(then, maps)
     earlier = jnp.concatenate([jnp.zeros_like(after[:1]), after[:-1]])
     return jnp.where(opens, entering, earlier), after
-
-
-lightning_prefill = functools.partial(xla.lightning_prefill, join=_in_parallel)

@@ -11,16 +11,11 @@ Every exponent is <= 0, so nothing overflows however fast a head forgets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compat import einsum
-from pallas_kernels.tiles import Tiles, put_rows, take_rows, tile_segments
-
-# (added, decay, entering, tiles) -> the state before and after every chunk.
-JoinChunks = Callable[[jax.Array, jax.Array, jax.Array, Tiles], tuple[jax.Array, jax.Array]]
+from pallas_kernels.tiles import Tiles, fold_used, put_rows, take_rows, tile_segments
 
 
 def lightning_prefill(
@@ -35,26 +30,63 @@ def lightning_prefill(
     is_fresh: jax.Array,
     scale: float,
     chunk_size: int,
-    join: JoinChunks | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.lightning_prefill`; `join` carries the state from chunk to chunk."""
+    """See `api.lightning_prefill`."""
     tiles = tile_segments(cu_seqlens, q.shape[0], chunk_size)
-    q_tile, k_tile, v_tile = (take_rows(x, tiles) for x in (q, k, v))
+    num_tiles, num_segments = tiles.length.shape[0], slots.shape[0]
     old = state[slots]
     entering = jnp.where(is_fresh[:, None, None, None], 0, old.astype(jnp.float32))
-    added, decay = _of_chunks(k_tile, v_tile, log_decay, tiles)
-    before, after = (join or _one_by_one)(added, decay, entering, tiles)
-    o = scale * (
-        _within_chunk(q_tile, k_tile, v_tile, log_decay) + _from_before(q_tile, before, log_decay)
+
+    def some_chunks(first: jax.Array, here: Tiles, carry: tuple[jax.Array, jax.Array, jax.Array]):
+        current, leaving, o = carry
+        q_tile, k_tile, v_tile = (take_rows(x, here) for x in (q, k, v))
+        added, decay = of_chunks(k_tile, v_tile, log_decay, here)
+        current, (before, after) = _one_by_one(current, added, decay, entering, here)
+        o_tile = output(q_tile, k_tile, v_tile, before, log_decay, scale).astype(v.dtype)
+        # A segment's last chunk leaves its state; the others' go behind the end, which is dropped.
+        number = first + jnp.arange(here.length.shape[0])
+        is_last = (here.length > 0) & (number == tiles.last_tile[here.segment])
+        leaving = leaving.at[jnp.where(is_last, here.segment, num_segments)].set(after, mode="drop")
+        return current, leaving, o.at[number].set(o_tile, mode="drop")
+
+    start = (
+        jnp.zeros(state.shape[1:], jnp.float32),
+        jnp.zeros((num_segments, *state.shape[1:]), jnp.float32),
+        jnp.zeros((num_tiles, chunk_size, *v.shape[1:]), v.dtype),
     )
-    o = put_rows(o.astype(v.dtype), tiles)
+    _, leaving, o = fold_used(some_chunks, tiles, start)
+    return put_back(o, leaving, old, state, slots, cu_seqlens, tiles)
+
+
+def put_back(
+    o: jax.Array,
+    leaving: jax.Array,
+    old: jax.Array,
+    state: jax.Array,
+    slots: jax.Array,
+    cu_seqlens: jax.Array,
+    tiles: Tiles,
+) -> tuple[jax.Array, jax.Array]:
+    """Tiles of output as rows, and the pool with the states that leave in their slots."""
+    o = put_rows(o, tiles)
     o = jnp.where((slots != 0)[tiles.row_segment][:, None, None], o, 0)
     runs = (cu_seqlens[1:] > cu_seqlens[:-1]) & (slots != 0)
-    leaving = after[tiles.last_tile].astype(state.dtype)
     # Segments that do not run write back the bits they found: several pads name slot 0, and
     # they all write the same.
-    new = jnp.where(runs[:, None, None, None], leaving, old)
+    new = jnp.where(runs[:, None, None, None], leaving.astype(state.dtype), old)
     return o, state.at[slots].set(new, mode="promise_in_bounds")
+
+
+def output(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    before: jax.Array,
+    log_decay: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """The output of chunks whose states before them are known: [n, C, N, V] float32."""
+    return scale * (_within_chunk(q, k, v, log_decay) + _from_before(q, before, log_decay))
 
 
 def _within_chunk(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array) -> jax.Array:
@@ -73,7 +105,7 @@ def _from_before(q: jax.Array, before: jax.Array, log_decay: jax.Array) -> jax.A
     return einsum("ginh,gnhv->ginv", q.astype(jnp.float32), before) * decay[:, :, None]
 
 
-def _of_chunks(
+def of_chunks(
     k: jax.Array, v: jax.Array, log_decay: jax.Array, tiles: Tiles
 ) -> tuple[jax.Array, jax.Array]:
     """What each chunk adds to the state [n, N, K, V] and leaves of it [n, N, 1, 1], float32."""
@@ -84,9 +116,9 @@ def _of_chunks(
 
 
 def _one_by_one(
-    added: jax.Array, decay: jax.Array, entering: jax.Array, tiles: Tiles
-) -> tuple[jax.Array, jax.Array]:
-    """The state before and after every chunk, each [n, N, K, V] float32, in one pass."""
+    current: jax.Array, added: jax.Array, decay: jax.Array, entering: jax.Array, tiles: Tiles
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The state behind the last chunk; those before and after every chunk, [n, N, K, V] float32."""
 
     def chunk(state, tile):
         added, decay, is_first, entering_segment = tile
@@ -94,9 +126,7 @@ def _one_by_one(
         after = decay * before + added
         return after, (before, after)
 
-    start = jnp.zeros(entering.shape[1:], jnp.float32)
-    _, states = jax.lax.scan(chunk, start, (added, decay, tiles.is_first, tiles.segment))
-    return states
+    return jax.lax.scan(chunk, current, (added, decay, tiles.is_first, tiles.segment))
 
 
 def lightning_decode(
