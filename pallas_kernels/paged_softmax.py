@@ -17,6 +17,7 @@ from pallas_kernels.compat import einsum
 from pallas_kernels.tiles import (
     Tiles,
     fold_used,
+    num_places,
     put_rows,
     segment_of,
     take_rows,
@@ -116,10 +117,10 @@ def attend(
         lengths = jnp.where(exists, first + here.length, 0)
         part = _attend_tiles(take_rows(q, here), pages, split, table, lengths, first, scale)
         part = jnp.where(exists[:, None, None, None, None], part, 0)
-        return o.at[number + jnp.arange(here.length.shape[0])].set(part, mode="drop")
+        return jax.lax.dynamic_update_slice_in_dim(o, part, number, 0)
 
     value_dim = _value_dim(split, pages)
-    shape = (tiles.length.shape[0], QUERY_TILE, *q.shape[1:-1], value_dim)
+    shape = (num_places(tiles), QUERY_TILE, *q.shape[1:-1], value_dim)
     return put_rows(fold_used(some_tiles, tiles, jnp.zeros(shape, jnp.float32)), tiles)
 
 

@@ -86,13 +86,12 @@ def fold_used(run: Callable[[jax.Array, Tiles, Carry], Carry], tiles: Tiles, car
 
     Args:
         run: (number of the first tile, the tiles [m] from there on, carry) -> carry. Of the tiles
-            it gets at last some may be unused, and their numbers beyond n.
+            it gets at last some may be unused, and their numbers up to `num_places`.
         tiles: the used ones first, as `tile_segments` makes them.
         carry: what the first call gets.
     """
-    num_tiles = tiles.length.shape[0]
-    some = min(num_tiles, _TILES_AT_ONCE.get(target_platform(), _TILES_AT_ONCE_ELSEWHERE))
-    missing = -num_tiles % some
+    some = _at_once(tiles)
+    missing = num_places(tiles) - tiles.length.shape[0]
     names = ("segment", "rows", "valid", "length", "is_first")
     padded = [
         jnp.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1))
@@ -106,6 +105,16 @@ def fold_used(run: Callable[[jax.Array, Tiles, Carry], Carry], tiles: Tiles, car
 
     num_used = (tiles.length > 0).sum()
     return jax.lax.fori_loop(0, -(-num_used // some), body, carry)
+
+
+def num_places(tiles: Tiles) -> int:
+    """Room for whatever `fold_used` hands out: the tiles, up to a multiple of those at once."""
+    return -(-tiles.length.shape[0] // _at_once(tiles)) * _at_once(tiles)
+
+
+def _at_once(tiles: Tiles) -> int:
+    most = _TILES_AT_ONCE.get(target_platform(), _TILES_AT_ONCE_ELSEWHERE)
+    return min(tiles.length.shape[0], most)
 
 
 def segment_of(number: jax.Array, ends: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -128,7 +137,10 @@ def take_rows(x: jax.Array, tiles: Tiles) -> jax.Array:
 
 @jax.custom_vjp
 def put_rows(y: jax.Array, tiles: Tiles) -> jax.Array:
-    """The inverse of `take_rows`: [n, size, ...] to [T, ...]; rows in no segment are zero."""
+    """The inverse of `take_rows`: [n, size, ...] to [T, ...]; rows in no segment are zero.
+
+    More than n tiles may come; those behind are not read.
+    """
     # Gathered, not scattered: XLA's CPU scatter is a loop over rows.
     rows = y.reshape((-1, *y.shape[2:]))[tiles.row_place]
     return jnp.where(tiles.row_exists.reshape((-1,) + (1,) * (rows.ndim - 1)), rows, 0)

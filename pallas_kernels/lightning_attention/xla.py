@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compat import einsum
-from pallas_kernels.tiles import Tiles, fold_used, put_rows, take_rows, tile_segments
+from pallas_kernels.tiles import Tiles, fold_used, num_places, put_rows, take_rows, tile_segments
 
 
 def lightning_prefill(
@@ -33,7 +33,7 @@ def lightning_prefill(
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.lightning_prefill`."""
     tiles = tile_segments(cu_seqlens, q.shape[0], chunk_size)
-    num_tiles, num_segments = tiles.length.shape[0], slots.shape[0]
+    num_segments = slots.shape[0]
     old = state[slots]
     entering = jnp.where(is_fresh[:, None, None, None], 0, old.astype(jnp.float32))
 
@@ -47,12 +47,12 @@ def lightning_prefill(
         number = first + jnp.arange(here.length.shape[0])
         is_last = (here.length > 0) & (number == tiles.last_tile[here.segment])
         leaving = leaving.at[jnp.where(is_last, here.segment, num_segments)].set(after, mode="drop")
-        return current, leaving, o.at[number].set(o_tile, mode="drop")
+        return current, leaving, jax.lax.dynamic_update_slice_in_dim(o, o_tile, first, 0)
 
     start = (
         jnp.zeros(state.shape[1:], jnp.float32),
         jnp.zeros((num_segments, *state.shape[1:]), jnp.float32),
-        jnp.zeros((num_tiles, chunk_size, *v.shape[1:]), v.dtype),
+        jnp.zeros((num_places(tiles), chunk_size, *v.shape[1:]), v.dtype),
     )
     _, leaving, o = fold_used(some_chunks, tiles, start)
     return put_back(o, leaving, old, state, slots, cu_seqlens, tiles)
