@@ -4,8 +4,8 @@ A step holds decode rows first, then prompt rows. An engine that was ported from
 first, and went on slicing its decode rows and decode slots behind them, answers well alone and
 rots in company: nothing crashes, and a step without prompts is right. This plants that bug (the
 product holds no switch for it) and asks both packages the same word problems, one at a time and
-32 at once on the same engine, as `python -m bailing_jax.evaluate` does. Takes about a minute and
-a half on two idle cores, half of it for compiling.
+32 at once on the same engine, as `python -m bailing_jax.evaluate` does. Takes about two minutes
+on two idle cores, a third of it for compiling.
 
     python scripts/founding_bug.py
     python scripts/founding_bug.py --num 200 --seed 3 --json
@@ -35,9 +35,9 @@ CONCURRENCY = 32
 # More problems than places, so that prompts keep joining answers under way.
 NUM, QUICK_NUM = 40, 6
 QUICK_CONCURRENCY = 4
-# Alone, the planted package is right, which a few show. In exact mode a step has all 32 rows
+# Alone, the planted package is right, which a dozen show. In exact mode a step has all 32 rows
 # whoever is there: a problem alone takes as long as 32.
-NUM_ALONE_HEALTHY, NUM_ALONE_PLANTED, NUM_ALONE_EXACT = 20, 8, 4
+NUM_ALONE_PLANTED, NUM_ALONE_EXACT = 12, 6
 SHOWN, SHOWN_LINES = 2, 8
 WORKER = Path(__file__).resolve().parent / "founding_bug_worker.py"
 _TAKEN = ("num", "correct", "accuracy", "ci95", "truncated", "seconds", "tokens_per_s")
@@ -146,7 +146,7 @@ class Asking:
     ) -> list[Result]:
         """Ask one package; `on_compiled` is called once, by the end at the latest."""
         jobs = [Job(name, count, exact) for count in (1, self.company)]
-        most = NUM_ALONE_PLANTED if name == "planted" else NUM_ALONE_HEALTHY
+        most = NUM_ALONE_PLANTED if name == "planted" else self.num
         num_alone = min(self.num, NUM_ALONE_EXACT if exact else most)
         arguments = [
             "--num", str(self.num), "--num-alone", str(num_alone), "--company", str(self.company),

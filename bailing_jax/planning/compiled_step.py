@@ -56,10 +56,6 @@ class CompiledStep:
     compile_cpu_s: float
 
     def beside_the_exchange(self, num_layers: int) -> float:
-        """Collectives a layer, without the exchange of the experts' rows: those over `expert`.
-
-        Nothing else crosses that axis. How many rounds an exchange takes is agreed on over
-        `expert` and `tensor`.
-        """
-        inside = [x for x in self.collectives if x.is_in_layer]
-        return sum(x.count for x in inside if "expert" not in x.over.split(" and ")) / num_layers
+        """Collectives a layer, without those over `expert`: the exchange of the experts' rows."""
+        inside = (x.count for x in self.collectives if x.is_in_layer and x.over != "expert")
+        return sum(inside) / num_layers

@@ -47,11 +47,8 @@ def test_a_program_without_any() -> None:
 
 def test_those_of_a_layer_beside_the_exchange() -> None:
     exchange = Collective("all-gather", "expert", True, 9, 5)
-    rounds = Collective("all-reduce", "expert and tensor", True, 9, 4)
-    other = Collective("all-reduce", "data and tensor", True, 1, 4)
-    found = (*FOUND, exchange, rounds, other)
-    step = CompiledStep("decode", 1, 0, 0, 0, 0, found, 0, 0.0, 0.0, 0.0)
-    assert step.beside_the_exchange(2) == pytest.approx(2.0)
+    step = CompiledStep("decode", 1, 0, 0, 0, 0, (*FOUND, exchange), 0, 0.0, 0.0, 0.0)
+    assert step.beside_the_exchange(2) == pytest.approx(1.5)
 
 
 def program(*lines: str, aliases: str = "{1}: (2, {}, may-alias), {2}: (1, {}, must-alias)") -> str:
