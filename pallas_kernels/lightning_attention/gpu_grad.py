@@ -56,7 +56,7 @@ def why_not(q: jax.Array, v: jax.Array, state: jax.Array) -> str | None:
 def _run(variant: Variant, q, k, v, log_decay, state, segments):
     if gpu_prefill.why_not(q, v, state) is None:
         return gpu_prefill.run(q, k, v, log_decay, state, segments, variant)
-    return gpu_scan.run(q, k, v, log_decay, state, segments, variant.scale)
+    return gpu_scan.run(q, k, v, log_decay, state, segments, variant.scale, variant.blocks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

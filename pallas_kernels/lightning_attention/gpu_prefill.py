@@ -40,14 +40,15 @@ _MOST_KEYS = 256
 class Variant(NamedTuple):
     """What the recurrence multiplies and which way it runs (`gpu_chunks.Plan`), and tuning.
 
-    `groups` of warpgroups a block (None: by K); `blocks` that one long segment is cut for.
+    `groups` of warpgroups a block (None: by K); `blocks` that one long segment is cut for
+    (None: the kernels' own).
     """
 
     scale: float
     value_scale: float = 1.0
     reverse: bool = False
     groups: int | None = None
-    blocks: int = _MULTIPROCESSORS
+    blocks: int | None = None
 
 
 def make_plan(heads: int, key_dim: int, value_dim: int, variant: Variant) -> Plan | None:
@@ -101,7 +102,8 @@ def run(
     if missing:
         q, k, v = (jnp.pad(x, ((0, missing), (0, 0), (0, 0))) for x in (q, k, v))
     num_segments = segments.slots.shape[0]
-    work = cut(rows + missing, num_segments, heads * plan.parts, plan.chunk, variant.blocks)
+    blocks = variant.blocks or _MULTIPROCESSORS
+    work = cut(rows + missing, num_segments, heads * plan.parts, plan.chunk, blocks)
     pool = jax.new_ref(state)
     sums = ()
     if work.span:

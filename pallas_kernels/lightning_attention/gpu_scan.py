@@ -3,11 +3,16 @@
     S <- exp(g) S + k v^T        o = scale * S^T q
 
 For what the matrix units do not take (`gpu_prefill`): float32 rows, and head sizes that are no
-multiples of 64. One block a (segment, head, part of V), its part of the state in registers as in
-`gpu_decode`; the copy engine brings the next rows of q, k and v while these are folded.
+multiples of 64. One block a (piece of a segment, head, part of V), its part of the state in
+registers as in `gpu_decode`; the copy engine brings the next rows of q, k and v while these are
+folded. Segments too few to fill the GPU are cut (`gpu_work`): a first kernel folds each piece from
+zero, the second starts each from the weighted sum of those before it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +21,47 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
 from pallas_kernels.lightning_attention import gpu_decode
-from pallas_kernels.lightning_attention.gpu_decode import expm1, register_layout, state_tile
-from pallas_kernels.lightning_attention.gpu_work import Segments, locate, whole
+from pallas_kernels.lightning_attention.gpu_decode import (
+    StateTile,
+    expm1,
+    register_layout,
+    state_tile,
+)
+from pallas_kernels.lightning_attention.gpu_work import Cut, Segments, Work, cut, locate, piece_rows
 
 plgpu = compat.mosaic_gpu()
 
 # Rows in shared memory at once, twice; and entries of the state a thread holds, few, so that one
 # segment alone makes many blocks.
 _ROWS, _STAGES, _ENTRIES = 16, 2, 32
+# That one long segment is cut for: several a multiprocessor, of which one computes while others
+# wait for a sum.
+_BLOCKS = 528
+
+
+class Plan(NamedTuple):
+    """What all blocks have in common; static."""
+
+    tile: StateTile
+    cut: Cut
+    heads: int
+    key_dim: int
+    parts: int
+    rows_at_once: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the state's part that a block holds."""
+        return self.key_dim, self.tile.columns
+
+
+class Place(NamedTuple):
+    """What a block works on; `log_decay` of its head."""
+
+    work: Work
+    head: jax.Array
+    columns: Any
+    log_decay: jax.Array
 
 
 def why_not(q: jax.Array, v: jax.Array, state: jax.Array) -> str | None:
@@ -39,95 +77,193 @@ def run(
     state: jax.Array,
     segments: Segments,
     scale: float,
+    blocks: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`api.lightning_prefill` on the kernel, not differentiable.
+    """`api.lightning_prefill` on the kernels, not differentiable; one segment cut for `blocks`.
 
     Raises:
         ValueError: no kernel for these head dimensions.
     """
-    num_rows, heads, key_dim = q.shape
+    rows, heads, key_dim = q.shape
     value_dim = v.shape[-1]
     tile = state_tile(key_dim, value_dim, _ENTRIES) or state_tile(key_dim, value_dim, 2 * _ENTRIES)
     if tile is None:
         raise ValueError(f"no register tile for a state of {key_dim} by {value_dim}")
-    layout, shape = register_layout(tile), (key_dim, tile.columns)
-    parts, rows_at_once = value_dim // tile.columns, min(_ROWS, num_rows)
-    items = whole(num_rows, segments.slots.shape[0])
+    parts = value_dim // tile.columns
+    work = cut(rows, segments.slots.shape[0], heads * parts, _ROWS, blocks or _BLOCKS)
+    plan = Plan(tile, work, heads, key_dim, parts, min(_ROWS, rows))
+    pool = jax.new_ref(state)
+    sums = ()
+    if work.span:
 
-    def lightning_prefill_scan(
-        q_ref, k_ref, v_ref, g_ref, slots_ref, cu_ref, fresh_ref, pool_ref, o_ref, **shared
-    ):
-        block = lax.axis_index("block")
-        part, head = block % parts, block // parts % heads
-        work = locate(block // (parts * heads), items, cu_ref, slots_ref)
-        columns = pl.ds(part * tile.columns, tile.columns)
-        slot_state = pool_ref.at[work.slot, head, :, columns]
-        chunks = (work.end - work.begin + rows_at_once - 1) // rows_at_once
-        forgotten = expm1(g_ref[head])
+        def lightning_prefill_scan_sums(*refs, **shared):
+            sum_pieces(plan, *refs, shared=shared)
 
-        def feed(c):
-            rows, stage = pl.ds(work.begin + c * rows_at_once, rows_at_once), c % _STAGES
-            arrived = shared["full"].at[stage]
-            plgpu.copy_gmem_to_smem(q_ref.at[rows, head], shared["q"].at[stage], arrived)
-            plgpu.copy_gmem_to_smem(k_ref.at[rows, head], shared["k"].at[stage], arrived)
-            plgpu.copy_gmem_to_smem(v_ref.at[rows, head, columns], shared["v"].at[stage], arrived)
+        shape = jax.ShapeDtypeStruct((work.summed, *state.shape[1:]), jnp.float32)
+        summing = _kernel(lightning_prefill_scan_sums, plan, shape, {"k": k, "v": v})
+        sums = (summing(k, v, log_decay, *segments, pool),)
 
-        def vector(name, stage, row, axis):
-            x = plgpu.load(shared[name].at[stage, row], layout=layout.reduce(axis), optimized=False)
-            return lax.broadcast_in_dim(x.astype(jnp.float32), shape, (1 - axis,))
+    def lightning_prefill_scan(*refs, **shared):
+        fold_segments(plan, scale, *refs, shared=shared)
 
-        def put(row, o):
-            compat.store_from_registers(o_ref.at[row, head, columns], o.astype(o_ref.dtype))
+    shape = jax.ShapeDtypeStruct(v.shape, v.dtype)
+    folding = _kernel(lightning_prefill_scan, plan, shape, {"q": q, "k": k, "v": v})
+    return folding(q, k, v, log_decay, *segments, *sums, pool), jax.freeze(pool)
 
-        def chunk(c, s):
-            stage, first_row = c % _STAGES, work.begin + c * rows_at_once
-            plgpu.barrier_wait(shared["full"].at[stage])
 
-            def token(row, s):
-                added = vector("k", stage, row, 1) * vector("v", stage, row, 0)
-                s = s + forgotten * s + added
-                put(first_row + row, scale * jnp.sum(s * vector("q", stage, row, 1), axis=0))
-                return s
-
-            s = lax.fori_loop(0, jnp.minimum(rows_at_once, work.end - first_row), token, s)
-            # All warps have read the stage before it is filled again.
-            plgpu.commit_smem()
-            pl.when(c + _STAGES < chunks)(lambda: feed(c + _STAGES))
-            return s
-
-        @pl.when((work.slot != 0) & (work.end > work.begin))
-        def _():
-            for c in range(_STAGES):
-                pl.when(c < chunks)(lambda c=c: feed(c))
-            nothing = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
-            start = lax.cond(
-                fresh_ref[work.segment],
-                lambda: nothing,
-                lambda: plgpu.load(slot_state, layout=layout, optimized=False).astype(jnp.float32),
-            )
-            s = lax.fori_loop(0, chunks, chunk, start)
-            compat.store_from_registers(slot_state, s.astype(pool_ref.dtype))
-
-        @pl.when(work.slot == 0)
-        def _():
-            nothing = jnp.zeros((tile.columns,), jnp.float32)
-
-            @pl.loop(work.begin, work.end)
-            def _(row):
-                put(row, plgpu.layout_cast(nothing, layout.reduce(0)))
-
-    kernel = plgpu.kernel(
-        lightning_prefill_scan,
-        out_type=jax.ShapeDtypeStruct(v.shape, v.dtype),
-        scratch_types={
-            "q": plgpu.SMEM((_STAGES, rows_at_once, key_dim), q.dtype),
-            "k": plgpu.SMEM((_STAGES, rows_at_once, key_dim), k.dtype),
-            "v": plgpu.SMEM((_STAGES, rows_at_once, tile.columns), v.dtype),
-            "full": plgpu.Barrier(num_arrivals=3, num_barriers=_STAGES),
-        },
-        grid=(items.items * heads * parts,),
+def _kernel(body, plan: Plan, out_type: jax.ShapeDtypeStruct, rows: dict[str, jax.Array]):
+    """`body(*refs, **shared)` over all items, heads and parts of V; `rows` pass shared memory."""
+    shared: dict[str, Any] = {}
+    for name, array in rows.items():
+        width = plan.tile.columns if name == "v" else plan.key_dim
+        shared[name] = plgpu.SMEM((_STAGES, plan.rows_at_once, width), array.dtype)
+    shared["full"] = plgpu.Barrier(num_arrivals=len(rows), num_barriers=_STAGES)
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=shared,
+        grid=(plan.cut.items * plan.heads * plan.parts,),
         grid_names=("block",),
     )
-    pool = jax.new_ref(state)
-    o = kernel(q, k, v, log_decay, *segments, pool)
-    return o, jax.freeze(pool)
+
+
+def sum_pieces(
+    plan: Plan, k_ref, v_ref, g_ref, slots_ref, cu_ref, fresh_ref, pool_ref, sums_ref, *, shared
+) -> None:
+    """Each piece's own fold from zero; for a segment's last piece, what it starts from instead."""
+    place = _find_place(plan, g_ref, slots_ref, cu_ref)
+    work = place.work
+    is_cut = (work.pieces > 1) & (work.slot != 0)
+    is_last = work.piece == work.pieces - 1
+    target = sums_ref.at[work.rank + work.piece, place.head, :, place.columns]
+
+    @pl.when(is_cut & ~is_last)
+    def _():
+        sources = {"k": k_ref, "v": v_ref}
+        compat.store_from_registers(target, _fold(plan, place, sources, shared, _no_state(plan)))
+
+    @pl.when(is_cut & is_last)
+    def _():
+        slot_state = pool_ref.at[work.slot, place.head, :, place.columns]
+        compat.store_from_registers(target, _enter(plan, fresh_ref[work.segment], slot_state))
+
+
+def fold_segments(
+    plan: Plan, scale, q_ref, k_ref, v_ref, g_ref, slots_ref, cu_ref, fresh_ref, *refs, shared
+) -> None:
+    """Outputs of every row, and each segment's state from its slot to its slot."""
+    *sums, pool_ref, o_ref = refs
+    place = _find_place(plan, g_ref, slots_ref, cu_ref)
+    work = place.work
+    slot_state = pool_ref.at[work.slot, place.head, :, place.columns]
+
+    def put(row, o):
+        compat.store_from_registers(o_ref.at[row, place.head, place.columns], o.astype(o_ref.dtype))
+
+    def start():
+        def from_slot():
+            return _enter(plan, fresh_ref[work.segment], slot_state)
+
+        if not sums:
+            return from_slot()
+        part = sums[0].at[:, place.head, :, place.columns]
+        return lax.cond(work.pieces > 1, lambda: _sum_before(plan, place, part), from_slot)
+
+    @pl.when((work.slot != 0) & (work.end > work.begin))
+    def _():
+        sources = {"q": q_ref, "k": k_ref, "v": v_ref}
+        s = _fold(plan, place, sources, shared, start(), lambda row, o: put(row, scale * o))
+
+        @pl.when(work.piece == work.pieces - 1)
+        def _():
+            compat.store_from_registers(slot_state, s.astype(pool_ref.dtype))
+
+    @pl.when(work.slot == 0)
+    def _():
+        nothing = jnp.zeros((plan.tile.columns,), jnp.float32)
+
+        @pl.loop(work.begin, work.end)
+        def _(row):
+            put(row, plgpu.layout_cast(nothing, register_layout(plan.tile).reduce(0)))
+
+
+def _find_place(plan: Plan, g_ref, slots_ref, cu_ref) -> Place:
+    block = lax.axis_index("block")
+    part, head = block % plan.parts, block // plan.parts % plan.heads
+    work = locate(block // (plan.parts * plan.heads), plan.cut, cu_ref, slots_ref)
+    return Place(work, head, pl.ds(part * plan.tile.columns, plan.tile.columns), g_ref[head])
+
+
+def _fold(
+    plan: Plan,
+    place: Place,
+    sources: dict[str, Any],
+    shared: dict[str, Any],
+    start: jax.Array,
+    put: Callable[[jax.Array, jax.Array], None] | None = None,
+) -> jax.Array:
+    """The state after a piece's rows; `put(row, S^T q)` after each, where `sources` have q."""
+    work, at_once = place.work, plan.rows_at_once
+    chunks = (work.end - work.begin + at_once - 1) // at_once
+    layout = register_layout(plan.tile)
+    forgotten = expm1(place.log_decay)
+
+    def feed(c):
+        rows, stage = pl.ds(work.begin + c * at_once, at_once), c % _STAGES
+        for name, ref in sources.items():
+            of_head = (
+                ref.at[rows, place.head, place.columns] if name == "v" else ref.at[rows, place.head]
+            )
+            plgpu.copy_gmem_to_smem(of_head, shared[name].at[stage], shared["full"].at[stage])
+
+    def vector(name, stage, row, axis):
+        x = plgpu.load(shared[name].at[stage, row], layout=layout.reduce(axis), optimized=False)
+        return lax.broadcast_in_dim(x.astype(jnp.float32), plan.shape, (1 - axis,))
+
+    def chunk(c, s):
+        stage, first_row = c % _STAGES, work.begin + c * at_once
+        plgpu.barrier_wait(shared["full"].at[stage])
+
+        def token(row, s):
+            added = vector("k", stage, row, 1) * vector("v", stage, row, 0)
+            s = s + forgotten * s + added
+            if put is not None:
+                put(first_row + row, jnp.sum(s * vector("q", stage, row, 1), axis=0))
+            return s
+
+        s = lax.fori_loop(0, jnp.minimum(at_once, work.end - first_row), token, s)
+        # All warps have read the stage before it is filled again.
+        plgpu.commit_smem()
+        pl.when(c + _STAGES < chunks)(lambda: feed(c + _STAGES))
+        return s
+
+    for c in range(_STAGES):
+        pl.when(c < chunks)(lambda c=c: feed(c))
+    return lax.fori_loop(0, chunks, chunk, start)
+
+
+def _sum_before(plan: Plan, place: Place, sums_ref) -> jax.Array:
+    """The state a piece starts from: the segment's own, and what the pieces before it add."""
+    work = place.work
+
+    def then(piece, s):
+        _, begin, end = piece_rows(plan.cut, work.first_row, work.last_row, piece)
+        forgotten = expm1(place.log_decay * (end - begin).astype(jnp.float32))
+        return s + forgotten * s + _load_state(plan, sums_ref.at[work.rank + piece])
+
+    start = _load_state(plan, sums_ref.at[work.rank + work.pieces - 1])
+    return lax.fori_loop(0, work.piece, then, start)
+
+
+def _load_state(plan: Plan, ref) -> jax.Array:
+    x = plgpu.load(ref, layout=register_layout(plan.tile), optimized=False)
+    return x.astype(jnp.float32)
+
+
+def _enter(plan: Plan, is_fresh: jax.Array, slot_state) -> jax.Array:
+    """What a segment starts from; a fresh one does not look at what its slot held."""
+    return lax.cond(is_fresh, lambda: _no_state(plan), lambda: _load_state(plan, slot_state))
+
+
+def _no_state(plan: Plan) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros(plan.shape, jnp.float32), register_layout(plan.tile))

@@ -106,6 +106,24 @@ def test_a_long_segment_is_cut(rng, machine, size, beside):
     check(machine, call, races=size[0] == 64, blocks=blocks)
 
 
+@MACHINES
+@pytest.mark.parametrize("beside", ["NULL", "empty", "nothing"])
+def test_a_long_segment_is_cut_token_by_token(rng, machine, beside):
+    """As above where the matrix units are not used: V in two parts, rows of float32."""
+    segments = {
+        "NULL": [Segment(6, 3), Segment(2, 210), Segment(0, 105)],
+        "empty": [Segment(3, 105, True), Segment(5, 0, True), Segment(2, 210)],
+        "nothing": [Segment(2, 210, True)],
+    }[beside]
+    log_decay = [-0.004, -0.3]
+    call = Call.random(rng, segments, log_decay, 96, 48, pads=20, dtype="float32")
+    call.state *= 100
+    # The long one makes three or four pieces, the short one two; six blocks each.
+    assert cut(len(call.q), len(segments), 6, 16, 24).span in (64, 96)
+    o, after = run(machine, call, races=True, blocks=24)
+    call.check(o, after, "lightning", "lightning")
+
+
 def test_many_segments_are_left_whole():
     """Blocks would look through them for their pieces."""
     spans = [cut(4_096, segments, 16, 128, 132).span for segments in (1, 3, 4, 64)]
