@@ -94,9 +94,12 @@ def _programs_compile_once(
     before = [cast(Any, jax.config).values[name] for name in _COMPILING]
     afresh = request.node.get_closest_marker("compiles") is not None
     unoptimised = request.node.get_closest_marker("unoptimised") is not None
-    _compile_so(None if afresh else str(programs_of_the_run), 0.1, unoptimised or before[2])
-    yield
-    _compile_so(*before)
+    with pytest.MonkeyPatch.context() as patch:
+        if unoptimised:
+            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # in commands too
+        _compile_so(None if afresh else str(programs_of_the_run), 0.1, unoptimised or before[2])
+        yield
+        _compile_so(*before)
 
 
 def _compile_so(*values: Any) -> None:

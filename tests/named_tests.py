@@ -24,6 +24,18 @@ def defined_tests() -> frozenset[tuple[str, str]]:
     )
 
 
+@functools.cache
+def slow_tests() -> frozenset[str]:
+    """Names of functions that are `slow` in all their cases, and so left out by default."""
+    return frozenset(
+        node.name
+        for path in sorted(TESTS.rglob("test_*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(mark) == "pytest.mark.slow" for mark in node.decorator_list)
+    )
+
+
 def _names(body: list[ast.stmt]) -> Iterator[str]:
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and _is_test(node.name):

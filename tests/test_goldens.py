@@ -24,7 +24,11 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def llm(name: str) -> LLM:
-    return LLM(GOLDEN / name, dtype="float32", max_num_seqs=2, hf_overrides=OVERRIDES)
+    # Two sizes of prefill to compile, and prompts of one step, of a whole number of them and of a
+    # rest.
+    return LLM(
+        GOLDEN / name, dtype="float32", max_num_seqs=2, prefill_chunk=65, hf_overrides=OVERRIDES
+    )
 
 
 def test_logits_of_every_prompt(llm: LLM, name: str) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from driver import Driver, Request, Sizes
 from goldens import GOLDEN, LINEAR, OVERRIDES, golden
+from slow import slow_but
 from tolerances import TOLERANCES
 
 from bailing_jax import LLM, SamplingParams
@@ -24,7 +25,7 @@ def relative_rms(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
 
 
-@pytest.mark.parametrize("name", LINEAR[:2])
+@pytest.mark.parametrize("name", slow_but(["v2_5-mla"], LINEAR[:2]))
 def test_r003_drift_by_state_dtype_is_reported_and_bounded(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
@@ -43,7 +44,7 @@ def test_r003_drift_by_state_dtype_is_reported_and_bounded(
     assert 1e-4 < drift < TOLERANCES["bfloat16_state_drift"]
 
 
-@pytest.mark.parametrize("name", LINEAR[:2])
+@pytest.mark.parametrize("name", slow_but(["v2_5-mla"], LINEAR[:2]))
 def test_t10_rope_dtype_rounds_what_rope_hands_on(name: str) -> None:
     ids = golden(name)["prompt_2"]
     wide = LLM(GOLDEN / name, dtype="float32", max_num_seqs=1, hf_overrides=OVERRIDES)

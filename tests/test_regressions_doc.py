@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from named_tests import defined_tests
+from named_tests import defined_tests, slow_tests
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "regressions.md"
 ROWS = tuple(f"R{number:03d}" for number in range(1, 113))
@@ -72,6 +72,17 @@ def test_the_tests_named_exist(row: str) -> None:
     known = {name for _, name in defined_tests()}
     assert set(TABLE[row].tests) <= known
     assert len(set(TABLE[row].tests)) == len(TABLE[row].tests)
+
+
+@pytest.mark.parametrize("row", TABLE)
+def test_no_row_is_left_to_tests_that_run_only_when_asked_for(row: str) -> None:
+    entry = TABLE[row]
+    assert entry.state != "covered" or set(entry.tests) - slow_tests()
+
+
+def test_slow_tests_are_known() -> None:
+    assert "test_a_run_learns_and_its_model_generates" in slow_tests()
+    assert "test_the_tests_named_exist" not in slow_tests()
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -17,6 +17,7 @@ import pytest
 from fake_chat import FakeLLM, Screen, Talk, turn
 from hypothesis import given
 from hypothesis import strategies as st
+from slow import slow_but
 from terminals import Terminal, programs_folder
 from tiny_models import linear_llm, write_tiny_model
 
@@ -125,7 +126,7 @@ def test_a_message_that_quotes_a_file_does_not_write_raw(tmp_path: Path, termina
     assert bool(set(screen.getvalue()) & set(CONTROLS) - {"\n"}) == (not terminal)
 
 
-@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("terminal", slow_but([True], [False, True]))
 def test_several_answers_and_json_are_shown_like_one_stream(
     folder: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
 ) -> None:

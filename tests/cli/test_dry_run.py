@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import pallas_call
+from slow import slow_but
 from tiny_models import (
     CHUNK,
     LATENT,
@@ -130,8 +131,17 @@ MIDDLE = {
         ({**LATENT, "num_hidden_layers": 2}, "bfloat16", SMALL),
         # The sampler's arrays are the largest.
         ({**LINEAR, "num_hidden_layers": 2, "vocab_size": 50_000}, "float32", SMALL),
-        (MIDDLE, "bfloat16", {"max_num_seqs": 4, "prefill_chunk": 256}),
-        (MIDDLE, "float32", {"max_num_seqs": 4, "prefill_chunk": 128, "max_model_len": 8192}),
+        *slow_but(
+            (),
+            [
+                (MIDDLE, "bfloat16", {"max_num_seqs": 4, "prefill_chunk": 256}),
+                (
+                    MIDDLE,
+                    "float32",
+                    {"max_num_seqs": 4, "prefill_chunk": 128, "max_model_len": 8192},
+                ),
+            ],
+        ),
     ],
     ids=["linear", "latent", "vocabulary", "middle", "middle, long"],
 )
@@ -296,6 +306,7 @@ def test_what_fits_to_the_byte_fits_and_one_less_does_not(
         assert flag in helps
 
 
+@pytest.mark.slow
 def test_pages_shrink_to_what_fits_and_loading_agrees(
     folders: dict[str, Path], memory: list[int | None], capsys: pytest.CaptureFixture[str]
 ) -> None:

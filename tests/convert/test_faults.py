@@ -46,6 +46,7 @@ from faulty_converter import (
     partial_of,
 )
 from random_checkpoints import random_tensors, write_checkpoint
+from slow import slow_but
 
 from bailing_jax.errors import EXIT_INTERRUPTED, EXIT_OK
 from convert.native import MANIFEST_NAME
@@ -56,7 +57,7 @@ KEPT = "what is finished is kept: run the same command to go on"
 # ---- killed at a step
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(["one worker"], NAMES))
 def test_s12_killed_before_any_step(name: str, tmp_path: Path) -> None:
     job = jobs()[name]
     assert len(job.steps) > 140
@@ -66,7 +67,7 @@ def test_s12_killed_before_any_step(name: str, tmp_path: Path) -> None:
     assert job.run(tmp_path / "out", fault=beyond).code == EXIT_OK
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(["two workers"], NAMES))
 def test_s12_killed_halfway_through_any_write(name: str, tmp_path: Path) -> None:
     check_killed(jobs()[name], jobs()[name].faults("half", "pwrite"), tmp_path)
 
@@ -167,6 +168,7 @@ def end_at_random(
     return process.returncode, err
 
 
+@pytest.mark.slow
 def test_s12_killed_at_50_random_moments(
     request: pytest.FixtureRequest, big: tuple[Job, float], tmp_path: Path
 ) -> None:
@@ -200,6 +202,7 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ctrl_c")
 def test_s12_interrupted_at_random_moments(
     request: pytest.FixtureRequest, big: tuple[Job, float], tmp_path: Path

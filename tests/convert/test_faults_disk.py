@@ -23,6 +23,7 @@ from fault_jobs import (
     remount,
 )
 from faulty_converter import snapshot
+from slow import slow_but
 
 from bailing_jax.errors import EXIT_DOES_NOT_FIT, EXIT_OK
 
@@ -67,7 +68,7 @@ def check_on_disk(job: Job, disk: Path) -> None:
     assert mounting().contents(disk) == {"out": "folder", **found}
 
 
-@pytest.mark.parametrize("name", ["one worker", "back"])
+@pytest.mark.parametrize("name", slow_but(["one worker"], ["one worker", "back"]))
 def test_s13_disks_that_are_too_small(name: str, tmp_path: Path) -> None:
     job = jobs()[name]
     for pages in range(1, 1000):

@@ -76,8 +76,9 @@ def test_copies_need_no_exchange() -> None:
     assert collectives(programs("linear", mesh), mesh) == {"all-gather": 1}  # the tokens
 
 
-@pytest.mark.parametrize("prefill", [0, 10])
-@pytest.mark.parametrize("mesh", [MeshShape(1, 2, 2), MeshShape(1, 1, 8)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "prefill"), [(MeshShape(1, 2, 2), 10), (MeshShape(1, 1, 8), 0)], ids=str
+)
 def test_the_state_is_updated_in_place(mesh: MeshShape, prefill: int) -> None:
     made = programs("linear", mesh)
     state = made.new_state(SPEC)
@@ -89,7 +90,7 @@ def test_the_state_is_updated_in_place(mesh: MeshShape, prefill: int) -> None:
 
 @pytest.mark.parametrize(
     ("mesh", "sends"),
-    [(MeshShape(1, 2, 2), False), (MeshShape(1, 2, 2), True), (MeshShape(2, 1, 4), False)],
+    [(MeshShape(1, 2, 2), True), (MeshShape(2, 1, 4), False)],
     ids=str,
 )
 def test_exact_mode_a_row_is_the_same_wherever_it_runs(

@@ -6,6 +6,7 @@ differences, along one random direction in every parameter.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from random_checkpoints import V2, random_tensors
 from reference_numpy import reference_forward
+from slow import slow_but
 from tiny_models import LATENT, LINEAR, SEED
 from tolerances import TOLERANCES
 
@@ -56,8 +58,10 @@ def reference_loss(config: dict[str, Any], tensors: dict[str, np.ndarray], pack:
     return total / pack.weights.astype(np.float64).sum()
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    slow_but([("latent", False), ("linear", True)], product(CONFIGS, [False, True])),
+)
 def test_loss_and_gradient_of_every_parameter(rng, name, remat):
     hf_config = CONFIGS[name]
     config = ModelConfig.from_hf(hf_config)

@@ -146,6 +146,7 @@ def test_the_time_limit_keeps_what_was_done(tmp_path, data):
     assert "on from step 1" in run(origin, options, tmp_path / "run", minutes=1e-6)[0]
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_its_model_generates(tmp_path, data):
     """Twenty sums by heart, asked through the engine and the exported folder, float32 on CPU."""
     data = tmp_path / "sums.jsonl"

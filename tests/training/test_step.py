@@ -234,6 +234,7 @@ def test_the_learning_rate_warms_up_and_falls():
     assert float(rate(100)) == pytest.approx(0.02)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_on_float32_masters(rng):
     """Updates far below a bfloat16 weight's last bit add up."""
     pack = random_pack(rng, (60, 30))
