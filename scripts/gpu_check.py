@@ -54,6 +54,7 @@ TUNINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("H16 T8192 x16", {"groups": 1, "blocks": 132}),
     ("H16 T8192 x16", {"groups": 2, "blocks": 1}),
     ("H64 T8192 x16", {"groups": 1, "blocks": 132}),
+    *(("H16 T2048 x1 float32", {"blocks": n}) for n in (1, 132, 264, 528, 1056)),
     *(("H16 B1", {"entries": n}) for n in (16, 32, 64)),
     *(("H16 B32", {"entries": n}) for n in (32, 64, 128)),
     *(("H16 B256", {"entries": n}) for n in (32, 64, 128)),
