@@ -11,6 +11,7 @@ from lightning_cases import Segment
 from lightning_gpu_cases import MACHINES, SCALE, Call, on
 
 from pallas_kernels import lightning_decode
+from pallas_kernels.lightning_attention import gpu_decode
 from pallas_kernels.lightning_attention.gpu_decode import state_tile
 
 LOG_DECAY = [0.0, -0.004, -8.0]
@@ -41,17 +42,40 @@ def check(rng, machine, size, dtype, state_dtype, **options):
 
 @MACHINES
 @pytest.mark.parametrize(
-    ("size", "dtype", "state_dtype"),
+    ("size", "dtype", "state_dtype", "entries"),
     [
-        ((128, 112), "bfloat16", "float32"),
-        ((64, 96), "float32", "bfloat16"),
-        ((256, 32), "float32", "float32"),
-        ((48, 80), "bfloat16", "bfloat16"),
+        ((128, 112), "bfloat16", "float32", None),
+        ((64, 96), "float32", "bfloat16", 64),
+        ((256, 32), "float32", "float32", 64),
+        ((48, 80), "bfloat16", "bfloat16", None),
+        ((128, 192), "bfloat16", "bfloat16", 128),
     ],
 )
-def test_decode_is_one_step_of_the_fold(rng, machine, size, dtype, state_dtype):
+def test_decode_is_one_step_of_the_fold(rng, machine, size, dtype, state_dtype, entries):
     """NaN in pad rows, in NULL and in parked slots; every slot of nobody keeps its bits."""
-    check(rng, machine, size, dtype, state_dtype)
+    call = random_call(rng, size, dtype=dtype, state_dtype=state_dtype)
+    with on(machine, detect_races=machine == "interpreter"):
+        o, after = jax.jit(
+            lambda *arrays: gpu_decode.lightning_decode(
+                *arrays, slots=call.places["slots"], scale=SCALE, entries=entries
+            )
+        )(*call.arrays)
+    call.check(o, after, ROUNDING[dtype], ROUNDING[state_dtype])
+
+
+def test_what_a_thread_holds_follows_from_the_bytes_of_all_rows():
+    def entries(rows, dtype):
+        return gpu_decode.entries_a_thread(rows, jnp.zeros((2, 16, 128, 128), dtype))
+
+    assert [entries(rows, jnp.float32) for rows in (1, 4, 5, 256)] == [16, 16, 64, 64]
+    assert [entries(rows, jnp.bfloat16) for rows in (1, 8, 9, 128, 256)] == [32, 32, 64, 128, 128]
+
+
+@pytest.mark.gpu
+def test_many_rows_of_a_bfloat16_state(rng):
+    """Enough for the widest tiles."""
+    slots = rng.permutation(np.arange(1, 720))[:700].tolist()
+    check(rng, "gpu", (128, 128), "bfloat16", "bfloat16", slots=[0, *slots, 0])
 
 
 @pytest.mark.gpu
