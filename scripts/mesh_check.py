@@ -14,9 +14,10 @@ one: an expert for a token of the prompt is enough. So one device picks the rand
 own margins before any mesh runs (`clear_prompts`): those on whose way to the last token no choice,
 of a token, an expert or a group of experts, is nearer to a tie than a mesh may come.
 
-Of the random model on real devices also tokens/s in bfloat16, all requests at once, compiled
-before: wall times of the same call, best of 3. Prints one JSON object; exit code 1 if an answer
-differs.
+With --float64 also how far the random model's logits are from those of an independent float64
+model: one device is as far from them as any mesh. Of the random model on real devices also
+tokens/s in bfloat16, all requests at once, compiled before: wall times of the same call, best of
+3. Prints one JSON object; exit code 1 if an answer differs.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ TINY = {
 PRESET = "ring-mini-linear-2.0"
 MODELS = ("shipped", "random")
 NUM, PROMPT = 32, 200
+LOGITS_OF = list(range(3, 3 + PROMPT))
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,6 +68,7 @@ def parse_args() -> argparse.Namespace:
     add("--tiny", action="store_true", help="a small random model: does it run?")
     add("--answer", type=int, default=64, help="tokens of each answer that is compared")
     add("--longest", type=int, default=2 * PROMPT, help="tokens of a random prompt at most")
+    add("--float64", action="store_true", help="logits of an independent float64 model beside them")
     add("--only", choices=MODELS, help="one of the two models")
     add("--out", type=Path, help="folder for mesh_check.json")
     return parser.parse_args()
@@ -108,6 +111,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             continue
         is_random = model["model"] is not None
         asked, tried = clear_prompts(model, args) if is_random else (None, NUM)
+        exact = float64_logits(model) if is_random and args.float64 else None
         alone: dict[str, Any] = {}
         for axis in ("", *AXES):
             mesh = f"{axis}={args.devices}" if axis else None
@@ -121,6 +125,8 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             row["same"] = row["answers"] - len(found["gaps"])
             row["gaps"] = [float(gap / spread) for gap in found["gaps"]]
             row["logits_off"] = float(abs(found["logits"] - alone["logits"]).max() / spread)
+            if exact is not None:
+                row["float64_off"] = float(abs(found["logits"] - exact).max() / spread)
             row["same_answers"] = not row["gaps"] and row["logits_off"] <= BOUND
             yield row | (speed(model, mesh) if is_random and not args.simulate else {})
 
@@ -133,6 +139,13 @@ def load(model: dict[str, Any], mesh: str | None, dtype: str) -> Any:
         **model, mesh=mesh, dtype=dtype, max_num_seqs=NUM, max_model_len=1024, prefill_chunk=256,
         report=lambda _line: None,
     )  # fmt: skip
+
+
+def float64_logits(model: dict[str, Any]) -> Any:
+    """Of the prompt whose logits are compared."""
+    import mesh_float64
+
+    return mesh_float64.logits(model["model"], model["hf_overrides"], LOGITS_OF)
 
 
 def word_problems(llm: Any) -> list[list[int]]:
@@ -247,7 +260,7 @@ def answers(
     return {
         "tokens": tokens,
         "gaps": gaps,
-        "logits": llm.logits(list(range(3, 3 + PROMPT))),
+        "logits": llm.logits(LOGITS_OF),
         "parameters": sum(param.size for param in describe(llm.config)),
     }
 
@@ -257,7 +270,7 @@ def speed(model: dict[str, Any], mesh: str | None) -> dict[str, float]:
     from bailing_jax import SamplingParams
 
     llm = load(model, mesh, "bfloat16")
-    asked = [list(range(3, 3 + PROMPT))] * NUM
+    asked = [LOGITS_OF] * NUM
     found = {}
     for name, tokens, count in (("prompt", 1, NUM * PROMPT), ("answer", 257, NUM * 256)):
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)

@@ -1,4 +1,5 @@
-"""scripts/mesh_check.py: which prompts are near no tie, by an independent router's margins."""
+"""scripts/mesh_check.py: which prompts are near no tie, by an independent router's margins; and the
+weights of its float64 model."""
 
 from __future__ import annotations
 
@@ -6,11 +7,17 @@ import argparse
 
 import jax
 import mesh_check
+import mesh_float64
 import numpy as np
 import pytest
 from random_checkpoints import random_tensors
 from reference_numpy import reference_forward
 from tiny_models import CHUNK, LINEAR, SEED, tiny_llm
+
+from bailing_jax.checkpoint.random_weights import draw
+from bailing_jax.config import ModelConfig
+from bailing_jax.params import describe
+from convert.mapping import place
 
 pytestmark = pytest.mark.unoptimised
 
@@ -57,3 +64,15 @@ def test_prompts_with_a_near_tie_are_left_out(monkeypatch: pytest.MonkeyPatch) -
         logits = llms[0].logits(whole)[len(prompt) - 1 :]
         second, first = np.sort(logits, axis=1)[:, -2:].T
         np.testing.assert_array_less(2e-2 * logits.std(axis=1), first - second)
+
+
+def test_drawn_tensors_are_those_that_would_be_read() -> None:
+    config = ModelConfig.from_hf(LINEAR, {})
+    tensors = mesh_float64.Drawn(config, 5)
+    for param in describe(config):
+        array = np.zeros(param.shape, np.float32)
+        for source in param.sources:
+            assert tensors[source.name].shape == source.shape
+            place(source, tensors[source.name], array)
+        np.testing.assert_array_equal(array, draw(param, 5))
+    assert len(tensors) == len(list(tensors)) == len(set(tensors))
