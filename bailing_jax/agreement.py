@@ -76,13 +76,19 @@ def facts_of_model(folder: Path) -> Facts:
     return facts
 
 
-def agree(group: Group, facts: Facts, about: str) -> None:
+def agree(
+    group: Group,
+    facts: Facts,
+    about: str,
+    hint: str = "Give all of them the same command, installation and model.",
+) -> None:
     """Compare this process' facts with everybody's; returns once they are known to be equal.
 
     Args:
         group: the processes.
         facts: what this one has.
         about: names the comparison; each has another name.
+        hint: what to do about a difference.
 
     Raises:
         UserError: on process 0, whose end ends the others: host, field and both values.
@@ -106,7 +112,7 @@ def agree(group: Group, facts: Facts, about: str) -> None:
         shown = differences[:MAX_SHOWN] + [f"and {more} more"] * (more > 0)
         raise UserError(
             "the processes of this job do not agree:\n" + "\n".join(shown),
-            "Give all of them the same command, installation and model.",
+            hint,
             EXIT_USAGE,
         )
     group.order(about)

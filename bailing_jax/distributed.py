@@ -10,10 +10,12 @@ a device; jax is imported by `join` only. The network is trusted, as JAX's own r
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import importlib.util
 import os
 import secrets
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 _GOOGLE = "0x1ae0"
 _METADATA = "http://{host}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 _KEY = "bailing_jax/control"
+_HOST_KEY = "bailing_jax/host"
 
 Say = Callable[[str], None]
 
@@ -218,12 +221,34 @@ def leave() -> None:
     jax.distributed.shutdown()
 
 
-def _connect(wait_s: float) -> group.Group | None:
-    """Our own connections, arranged over JAX's key-value store."""
-    # The store has no public name; Orbax reaches it in the same way.
+@functools.cache
+def processes_here() -> int:
+    """How many processes of this job run on this host; waits until each has asked.
+
+    Once jax.distributed has started; a process without it is alone.
+    """
+    store = _store()
+    if store.client is None:
+        return 1
+    hosts = [f"{_HOST_KEY}/{index}" for index in range(store.num_processes)]
+    here = socket.gethostname()
+    store.client.key_value_set(hosts[store.process_id], here)
+    found = [store.client.blocking_key_value_get(host, WAIT_S * 1000) for host in hosts]
+    return found.count(here)
+
+
+def _store() -> Any:
+    """JAX's state of the job; `client` is its key-value store, None without jax.distributed."""
+    # It has no public name; Orbax reaches it in the same way.
     from jax._src.distributed import global_state
 
-    client: Any = global_state.client
+    return global_state
+
+
+def _connect(wait_s: float) -> group.Group | None:
+    """Our own connections, arranged over JAX's key-value store."""
+    global_state = _store()
+    client = global_state.client
     index, size = global_state.process_id, global_state.num_processes
     address = global_state.coordinator_address
     if size == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 import time
 import warnings
@@ -23,6 +24,7 @@ from bailing_jax.terminal import tell
 
 if TYPE_CHECKING:
     from bailing_jax.cli.prompts import PromptMaker
+    from bailing_jax.engine.limits import EngineLimits
     from bailing_jax.group import Group
     from bailing_jax.llm import LLM
 
@@ -165,9 +167,8 @@ def _job_of_many(args: argparse.Namespace, group: Group, say: Say) -> int:
         with contextlib.ExitStack() as stack:
 
             def load() -> _Engine:
-                engine = _job_engine(args, say, stack)
-                job_hosts.agree_on_sizes(group, engine.llm.limits)
-                return engine
+                agree_on_sizes = functools.partial(job_hosts.agree_on_sizes, group)
+                return _job_engine(args, say, stack, agree_on_sizes)
 
             if not group.leads:
                 return job_hosts.follow(group, lambda: load().llm)
@@ -192,9 +193,14 @@ def _job_paths(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
     return source, None if args.output == "-" else Path(args.output)
 
 
-def _job_engine(args: argparse.Namespace, say: Say, stack: contextlib.ExitStack) -> _Engine:
+def _job_engine(
+    args: argparse.Namespace,
+    say: Say,
+    stack: contextlib.ExitStack,
+    check_limits: Callable[[EngineLimits], object] | None = None,
+) -> _Engine:
     """The one place where a job's engine is made, on every process of it alike."""
-    engine = _Engine(args, say)
+    engine = _Engine(args, say, check_limits)
     stack.callback(engine.close)
     if args.warmup:
         engine.compile(None)
@@ -203,9 +209,14 @@ def _job_engine(args: argparse.Namespace, say: Say, stack: contextlib.ExitStack)
 
 
 class _Engine:
-    """The loaded model and what makes its prompts."""
+    """The loaded model and what makes its prompts; `check_limits` as `LLM` takes it."""
 
-    def __init__(self, args: argparse.Namespace, say: Say) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        say: Say,
+        check_limits: Callable[[EngineLimits], object] | None = None,
+    ) -> None:
         from bailing_jax import compile_cache
 
         self._args, self._say = args, say
@@ -221,6 +232,7 @@ class _Engine:
             seed=args.seed,
             report=say,
             download=args.download,
+            check_limits=check_limits,
         )
         say(f"loaded in {time.perf_counter() - start:.1f} s")
         self.prompts = PromptMaker(

@@ -18,6 +18,7 @@ import numpy as np
 from bailing_jax.engine import debug
 from bailing_jax.engine.engine import Engine
 from bailing_jax.engine.exact_check import require_exact
+from bailing_jax.engine.limits import EngineLimits
 from bailing_jax.engine.programs import Programs
 from bailing_jax.engine.scoring import Scorer
 from bailing_jax.engine.seeds import FreshSeeds
@@ -64,6 +65,8 @@ class LLM:
         seed: of a preset's random weights.
         report: called with each line about what was loaded; default: printed on stderr.
         download: fetch org/name from the hub where the cache lacks it.
+        check_limits: called with the sizes in force before any weight is read; what it raises ends
+            the loading.
 
     Raises:
         UserError: what is wrong with model or options, and what to do.
@@ -87,6 +90,7 @@ class LLM:
         seed: int = 0,
         report: Report = tell,
         download: bool = False,
+        check_limits: Callable[[EngineLimits], object] | None = None,
     ) -> None:
         options = EngineOptions(
             dtype=dtype,
@@ -101,7 +105,10 @@ class LLM:
             batch_invariant=batch_invariant,
         )
         debug.check_processes()
-        loaded = load(model, options, hf_overrides or {}, seed, report, download=download)
+        loaded = load(
+            model, options, hf_overrides or {}, seed, report,
+            download=download, check_limits=check_limits or _ignore,
+        )  # fmt: skip
         require_exact(loaded)
         self.config = loaded.config
         self.limits = loaded.limits
@@ -309,9 +316,7 @@ class LLM:
                 "Use a complete release folder, or generate with a plain prompt.",
                 EXIT_USAGE,
             )
-        return self.chat_template.encode(
-            self.tokenizer, messages, template_args=template_args
-        )
+        return self.chat_template.encode(self.tokenizer, messages, template_args=template_args)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [T, vocab]: the logits after every token.
@@ -350,9 +355,7 @@ class LLM:
     def _resolved(self, params: SamplingParams) -> SamplingParams:
         resolved = resolve(params, self.generation_config, f"{self._name}: generation_config.json")
         for name in ("logit_bias", "stop_token_ids"):
-            checked_ids(
-                list(getattr(params, name) or ()), self.config.vocab_size, name, empty=True
-            )
+            checked_ids(list(getattr(params, name) or ()), self.config.vocab_size, name, empty=True)
         return resolved
 
     def _answers(self, prompt_length: int, params: SamplingParams) -> list[Answer]:
@@ -421,5 +424,5 @@ class LLM:
         return checked_ids(token_ids, self.config.vocab_size, what)
 
 
-def _ignore(_report: StreamPiece | str) -> None:
+def _ignore(_report: StreamPiece | EngineLimits | str) -> None:
     """What becomes of reports nobody asked for."""

@@ -33,6 +33,7 @@ from convert.native import is_native, open_native
 from convert.source import open_source, read_json
 
 Report = Callable[[str], None]
+CheckLimits = Callable[[EngineLimits], object]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def load(
     report: Report,
     *,
     download: bool = False,
+    check_limits: CheckLimits = lambda _limits: None,
 ) -> LoadedModel:
     """Load a checkpoint folder, or make random weights for a preset name.
 
@@ -83,6 +85,7 @@ def load(
         seed: of a preset's random weights.
         report: called with each line about what is loaded.
         download: fetch org/name if it is not in the cache.
+        check_limits: called with the sizes in force before any weight is read or drawn.
 
     Raises:
         UserError: anything wrong with name, folder, config, tensors, options or memory.
@@ -101,7 +104,7 @@ def load(
         assumed = sorted(set(preset.assumed) - set(hf_overrides))
         if assumed:
             report(f"{preset.name}: assumed, not published: {', '.join(assumed)}")
-        runtime_options, limits, spec, placement = _checked(config, options, report)
+        runtime_options, limits, spec, placement = _checked(config, options, report, check_limits)
         report(f"{preset.name}: random weights from seed {seed}")
         made = random_model(config, runtime_options, seed, placement)
         return LoadedModel(
@@ -111,12 +114,12 @@ def load(
         with open_native(folder) as native:
             config = native.model_config(hf_overrides)
             weights = match_native(config, native)
-            return _load_folder(folder, name, config, weights, options, report)
+            return _load_folder(folder, name, config, weights, options, report, check_limits)
     with open_source(folder) as source:
         where = str(folder / "config.json")
         config = ModelConfig.from_hf(source.config, hf_overrides, where=where)
         weights = match_released(config, source)
-        return _load_folder(folder, name, config, weights, options, report)
+        return _load_folder(folder, name, config, weights, options, report, check_limits)
 
 
 def find_folder(model: str | Path | None, *, download: bool) -> Path:
@@ -157,6 +160,7 @@ def _load_folder(
     weights: Weights,
     options: EngineOptions,
     report: Report,
+    check_limits: CheckLimits,
 ) -> LoadedModel:
     for group, names in weights.unused.items():
         report(f"not used: {len(names)} tensors, {group}, e.g. {names[0]}")
@@ -164,16 +168,14 @@ def _load_folder(
     chat_template = load_chat_template(folder)
     generation = folder / "generation_config.json"
     generation_config = read_json(generation, "generation_config") if generation.exists() else {}
-    runtime_options, limits, spec, placement = _checked(config, options, report)
+    runtime_options, limits, spec, placement = _checked(config, options, report, check_limits)
     report(f"reading {weights.num_bytes / 1e6:,.1f} MB from {name}")
     return LoadedModel(
         config=config,
         runtime=runtime_options,
         limits=limits,
         state_spec=spec,
-        model=load_model(
-            config, runtime_options, weights, lambda _done, _total: None, placement
-        ),
+        model=load_model(config, runtime_options, weights, lambda _done, _total: None, placement),
         placement=placement,
         tokenizer=tokenizer,
         chat_template=chat_template,
@@ -183,7 +185,7 @@ def _load_folder(
 
 
 def _checked(
-    config: ModelConfig, options: EngineOptions, report: Report
+    config: ModelConfig, options: EngineOptions, report: Report, check_limits: CheckLimits
 ) -> tuple[RuntimeOptions, EngineLimits, StateSpec, Placement | None]:
     """The choices in force, reported, after checking that they fit into memory."""
     processes = jax.process_count()
@@ -202,6 +204,7 @@ def _checked(
         where += f" in {processes} processes" * (processes > 1)
         report(f"mesh {mesh}: {where}; {how}; each has")
     report(_memory_in_words(plan))
+    check_limits(plan.limits)
     return runtime_options, plan.limits, plan.spec, placement
 
 

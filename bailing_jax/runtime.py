@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import jax
 
+from bailing_jax import distributed
 from bailing_jax.errors import EXIT_DOES_NOT_FIT, UserError
 from convert.progress import peak_memory
 
@@ -14,7 +15,7 @@ GIB = 2**30
 
 
 def platform() -> str:
-    """"cpu", "gpu" or "tpu"."""
+    """ "cpu", "gpu" or "tpu"."""
     return jax.default_backend()
 
 
@@ -22,7 +23,8 @@ def memory_bytes(num_devices: int = 1) -> int | None:
     """Memory of one device, or None when it can't be told.
 
     Args:
-        num_devices: that are used; on a CPU those of this process share the machine's evenly.
+        num_devices: that are used; on a CPU those of all processes on a host share its memory
+            evenly.
     """
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
@@ -30,7 +32,8 @@ def memory_bytes(num_devices: int = 1) -> int | None:
     if platform() != "cpu":
         return None
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine // min(num_devices, jax.local_device_count())
+    used_here = min(num_devices, jax.local_device_count())
+    return machine // (distributed.processes_here() * used_here)
 
 
 def peak_memory_bytes() -> int:

@@ -3,7 +3,8 @@
 Parameters, state and programs are described before any of them exists, so nothing is allocated,
 compiled or run: bytes are added up from shapes. Only the temporaries of a program are an
 estimate: its trace is read as XLA would lay it out. A folder's weights are matched by name and
-shape where they are there; a folder with only config.json is planned too.
+shape where they are there; a folder with only config.json is planned too. So is a mesh of more
+devices than there are: one of them stands for all.
 """
 
 from __future__ import annotations
@@ -38,10 +39,13 @@ class DryRun:
         slots: recurrent slots.
         pages: cache pages that fit into the allowed memory.
         pages_wanted: those of every sequence at full length.
-        bytes: by purpose; "temporaries" is the estimate for the largest program.
+        mesh: devices along each axis.
+        devices: of the mesh.
+        devices_here: that this machine has.
+        bytes: of a device by purpose; "temporaries" is the estimate for the largest program.
         total_bytes: their sum.
         platform: "cpu", "gpu" or "tpu".
-        memory_bytes: of the machine or device; None when it can't be told.
+        memory_bytes: of the machine or a device that is here; None when it can't be told.
         allowed_bytes: the share of it that may be used.
         fits: None when the memory is not known.
         programs: "one_prompt" and "job" (prompts of any length, as many as there may be at once):
@@ -56,6 +60,9 @@ class DryRun:
     slots: int
     pages: int
     pages_wanted: int
+    mesh: str
+    devices: int
+    devices_here: int
     bytes: Mapping[str, int]
     total_bytes: int
     platform: str
@@ -109,7 +116,9 @@ def plan(
     chosen = EngineOptions(**options)
     config, weights_seen = _read(model, hf_overrides)
     platform = runtime.platform()
-    chosen = chosen.resolved(config, jax.device_count())
+    devices_here = jax.device_count()
+    mesh = chosen.mesh_shape  # one device of "auto", which takes those that are here
+    chosen = chosen.resolved(config, max(devices_here, mesh.num_devices))
     runtime_options = chosen.runtime(config, platform)
     needed = plan_memory(config, runtime_options, chosen)
     limits, params = needed.limits, describe(config)
@@ -132,6 +141,9 @@ def plan(
         slots=limits.max_num_seqs,
         pages=limits.num_pages,
         pages_wanted=limits.max_num_seqs * limits.pages_a_sequence,
+        mesh=str(chosen.mesh_shape),
+        devices=chosen.mesh_shape.num_devices,
+        devices_here=devices_here,
         bytes=needed.needs,
         total_bytes=needed.total_bytes,
         platform=platform,
@@ -160,6 +172,7 @@ def as_text(needs: DryRun) -> str:
         f"{needs.architecture}: {total:,.1f} M parameters, {active:,.1f} M active a token",
         ", ".join(in_force[:2]),
         ", ".join(in_force[2:]),
+        *_devices(needs),
         _places(needs),
         "",
         *(
@@ -181,6 +194,19 @@ def as_text(needs: DryRun) -> str:
         steps = "  ".join(f"({d}, {t}, {p})" for d, t, p in sizes)
         lines.append(f"  {job.replace('_', ' '):<16}{steps}")
     return "\n".join(lines)
+
+
+def _devices(needs: DryRun) -> list[str]:
+    """Of several devices: which, and what stands in for those that are not here."""
+    if needs.devices == 1:
+        return []
+    lines = [f"mesh {needs.mesh}: {needs.devices} devices; all that follows is of one"]
+    if needs.devices > needs.devices_here:
+        lines.append(
+            f"only {needs.devices_here} of them here: memory is this machine's, and the others are "
+            "taken to be alike (python -m bailing_jax.plan knows other machines)"
+        )
+    return lines
 
 
 def _places(needs: DryRun) -> str:

@@ -196,12 +196,17 @@ def end(group: Group, code: int) -> int:
 
 
 def agree_on_sizes(group: Group, limits: EngineLimits) -> None:
-    """See that all engines came out alike: how many pages fit depends on each host's memory.
+    """See that all engines come out alike: how many pages fit depends on each host's memory.
 
     Raises:
-        UserError: they did not.
+        UserError: they do not.
     """
-    agree(group, facts_of_values(dataclasses.asdict(limits), "engine "), "sizes")
+    facts = facts_of_values(dataclasses.asdict(limits), "engine ")
+    hint = (
+        "How many pages fit follows from each host's memory. Smaller --max-num-seqs or "
+        "--max-model-len leave room for all of them everywhere; or take hosts of one kind."
+    )
+    agree(group, facts, "sizes", hint)
 
 
 def _meet_after_compiling(llm: LLM, group: Group) -> None:

@@ -15,10 +15,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bailing_jax.config import ModelConfig
+from bailing_jax.config import Mla, ModelConfig
 from bailing_jax.layer_plan import layer_plan
 from bailing_jax.mesh import MeshShape
 from bailing_jax.params import Param
+from bailing_jax.planning.chips import Chip
 from bailing_jax.planning.model import PlannedModel
 from bailing_jax.planning.workload import FP8, ITEM_BYTES, PAGE_SIZE, Workload
 from bailing_jax.sharding import local_shape
@@ -54,7 +55,7 @@ class Footprint:
         return sum(self.needs.values())
 
 
-def footprint(model: PlannedModel, mesh: MeshShape, load: Workload) -> Footprint:
+def footprint(model: PlannedModel, chip: Chip, mesh: MeshShape, load: Workload) -> Footprint:
     """What a device of the mesh needs for the load, every sequence at full length."""
     config = model.config
     slots = load.decode_rows(mesh)
@@ -63,8 +64,8 @@ def footprint(model: PlannedModel, mesh: MeshShape, load: Workload) -> Footprint
         needs={
             "weights": weight_bytes(model, mesh, load),
             "recurrent_state": (slots + 1) * slot_bytes(config, mesh, load),
-            "pages": (pages + 1) * page_bytes(config, mesh, load),
-            "temporaries": temporary_bytes(config, mesh, load),
+            "pages": (pages + 1) * page_bytes(config, chip, mesh, load),
+            "temporaries": temporary_bytes(config, chip, mesh, load),
         },
         slots=slots,
         pages=pages,
@@ -108,24 +109,29 @@ def slot_bytes(config: ModelConfig, mesh: MeshShape, load: Workload) -> int:
     return layers * heads * att.head_dim**2 * ITEM_BYTES[load.state_dtype]
 
 
-def page_bytes(config: ModelConfig, mesh: MeshShape, load: Workload) -> int:
+def page_bytes(config: ModelConfig, chip: Chip, mesh: MeshShape, load: Workload) -> int:
     """Of one page in all layers."""
-    return PAGE_SIZE * token_bytes(config, mesh, load)
+    return PAGE_SIZE * token_bytes(config, chip, mesh, load)
 
 
-def token_bytes(config: ModelConfig, mesh: MeshShape, load: Workload) -> int:
-    """Of what the pages keep of one token in all layers: latents whole, as wide as on a TPU;
-    key-value heads divided, and copied where there are fewer than devices."""
+def token_bytes(config: ModelConfig, chip: Chip, mesh: MeshShape, load: Workload) -> int:
+    """Of what the pages keep of one token in all layers: latents whole; key-value heads divided,
+    and copied where there are fewer than devices."""
     layers = sum(layer.attention != "lightning" for layer in layer_plan(config))
     width = 0
     if (att := config.gqa) is not None:
         width = 2 * max(1, att.num_kv_heads // mesh.tensor) * att.head_dim
     elif (att := config.mla) is not None:
-        width = att.page_width
+        width = latent_width(att, chip)
     return layers * width * ITEM_BYTES[load.dtype]
 
 
-def temporary_bytes(config: ModelConfig, mesh: MeshShape, load: Workload) -> int:
+def latent_width(mla: Mla, chip: Chip) -> int:
+    """Channels a token's latent and RoPE take, as `StateSpec.whole_lanes` has it."""
+    return mla.page_width if chip.is_tpu else mla.kv_lora_rank + mla.rope_dim
+
+
+def temporary_bytes(config: ModelConfig, chip: Chip, mesh: MeshShape, load: Workload) -> int:
     """An estimate of what the largest step allocates while it runs: a mixed one, with every decode
     row and a whole chunk of prompt."""
     decode, item = load.decode_rows(mesh), ITEM_BYTES[load.dtype]
@@ -133,11 +139,12 @@ def temporary_bytes(config: ModelConfig, mesh: MeshShape, load: Workload) -> int
     stream = rows * config.hidden_size * (2 * item + _FLOAT32)
     logit_rows = decode + load.segments(mesh)
     logits = _SAMPLED_COPIES * logit_rows * config.vocab_size * _FLOAT32
-    layer = max(_attention_bytes(config, mesh, rows, item), _expert_bytes(config, mesh, rows, item))
+    attention = _attention_bytes(config, chip, mesh, rows, item)
+    layer = max(attention, _expert_bytes(config, mesh, rows, item))
     return int(_MARGIN * (stream + max(layer, logits)))
 
 
-def _attention_bytes(config: ModelConfig, mesh: MeshShape, rows: int, item: int) -> int:
+def _attention_bytes(config: ModelConfig, chip: Chip, mesh: MeshShape, rows: int, item: int) -> int:
     """Projections and their float32 forms."""
     found = 0
     if (att := config.lightning) is not None:
@@ -147,7 +154,7 @@ def _attention_bytes(config: ModelConfig, mesh: MeshShape, rows: int, item: int)
         found = max(found, rows * heads * att.head_dim * (3 * item + 3 * _FLOAT32))
     if (att := config.mla) is not None:
         heads = att.num_heads // mesh.tensor
-        latent = att.page_width
+        latent = latent_width(att, chip)
         found = max(found, rows * heads * latent * (2 * item + 2 * _FLOAT32))
     return found
 

@@ -55,7 +55,7 @@ def candidate(
     return Candidate(
         topology,
         mesh,
-        footprint(model, mesh, load),
+        footprint(model, topology.chip, mesh, load),
         roofline(model, topology, mesh, load),
         int(topology.chip.hbm_bytes * load.memory_fraction),
     )

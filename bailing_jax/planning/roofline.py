@@ -22,6 +22,7 @@ from bailing_jax.config import ModelConfig
 from bailing_jax.layer_plan import layer_plan
 from bailing_jax.mesh import MeshShape, tensor_axes
 from bailing_jax.planning import footprint
+from bailing_jax.planning.chips import Chip
 from bailing_jax.planning.model import PlannedModel
 from bailing_jax.planning.topology import Topology
 from bailing_jax.planning.workload import ITEM_BYTES, Workload
@@ -202,19 +203,24 @@ def phase(
     """The least seconds of a step of a device."""
     chip = topology.chip
     return Phase(
-        memory=memory_bytes(config, mesh, load, weights, rows) / chip.hbm_rate,
+        memory=memory_bytes(config, chip, mesh, load, weights, rows) / chip.hbm_rate,
         compute=flops(config, mesh, weights, rows) / chip.bf16_rate,
         interconnect=interconnect_seconds(config, topology, mesh, load, rows),
     )
 
 
 def memory_bytes(
-    config: ModelConfig, mesh: MeshShape, load: Workload, weights: Weights, rows: Rows
+    config: ModelConfig,
+    chip: Chip,
+    mesh: MeshShape,
+    load: Workload,
+    weights: Weights,
+    rows: Rows,
 ) -> float:
     """Bytes a device reads and writes."""
     touched = weights.expert_bytes * share_of_experts(config, rows.with_experts)
     state = 2 * rows.sequences * footprint.slot_bytes(config, mesh, load)
-    pages = (rows.pages_read + rows.count) * footprint.token_bytes(config, mesh, load)
+    pages = (rows.pages_read + rows.count) * footprint.token_bytes(config, chip, mesh, load)
     return weights.shared_bytes + touched + state + pages
 
 

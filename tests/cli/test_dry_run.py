@@ -38,7 +38,11 @@ from bailing_jax.engine_options import EngineOptions
 from bailing_jax.errors import EXIT_DOES_NOT_FIT, EXIT_OK, EXIT_USAGE, UserError
 from bailing_jax.layer_plan import layer_plan
 from bailing_jax.memory import temporary_bytes
+from bailing_jax.mesh import MeshShape
 from bailing_jax.model import abstract
+from bailing_jax.planning.footprint import weight_bytes
+from bailing_jax.planning.model import read
+from bailing_jax.planning.workload import workload
 from bailing_jax.presets import find_preset
 from bailing_jax.state import DecodeState, allocate, leaf_shapes
 from bailing_jax.temporaries import peak_bytes
@@ -274,6 +278,35 @@ def test_json_adds_up_and_the_table_says_the_same(
     assert "one prompt      (3, 16, 3)  (1, 0, 0)\n" in text
     assert "max_num_seqs 3, max_model_len 96, prefill_chunk 16" in text
     assert "\nfits\n" in text
+
+
+# Of a preset, whose heads and widths divide.
+PRESET = "ring-mini-linear-2.0"
+DIVISIBLE = {"num_experts": 16, "vocab_size": 512, "num_hidden_layers": 5}
+
+
+@pytest.mark.parametrize("mesh", ["tensor=2", "data=2,expert=4", "expert=2,tensor=2"])
+def test_a_mesh_is_planned_without_its_devices(
+    capsys: pytest.CaptureFixture[str], mesh: str
+) -> None:
+    options = {**SMALL, "mesh": mesh}
+    dry_run.run(PRESET, options, DIVISIBLE)
+    text = capsys.readouterr().out
+    needs, alone = plan(PRESET, options, DIVISIBLE), plan(PRESET, SMALL, DIVISIBLE)
+    shape = MeshShape.parse(mesh)
+    assert (needs.mesh, needs.devices) == (str(shape), shape.num_devices)
+    assert f"mesh {shape}: {shape.num_devices} devices; all that follows is of one\n" in text
+    assert f"only {jax.device_count()} of them here: memory is this machine's" in text
+    model = read(PRESET, DIVISIBLE)
+    load = workload(model.config, weight_dtype="float32", max_num_seqs=NUM_SEQS)
+    assert needs.bytes["weights"] == weight_bytes(model, shape, load) < alone.bytes["weights"]
+    assert needs.slots == -(-alone.slots // shape.num_shards)
+    assert needs.memory_bytes == alone.memory_bytes
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused() -> None:
+    with pytest.raises(UserError, match="mesh: tensor=7 does not divide"):
+        plan(PRESET, {**SMALL, "mesh": "tensor=7"}, DIVISIBLE)
 
 
 @pytest.fixture

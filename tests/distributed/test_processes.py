@@ -277,6 +277,61 @@ def test_a_mesh_without_a_device_of_each_process_is_refused_before_weights_are_r
     assert model_job.done() == 0
 
 
+SHARED_MEMORY = """
+import sys
+from bailing_jax import runtime
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+print("its bytes:", runtime.memory_bytes(2), file=sys.stderr)
+"""
+
+
+def test_processes_of_one_host_share_its_memory(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    workers = [
+        Worker(
+            [sys.executable, "-c", SHARED_MEMORY, address, str(index)],
+            tmp_path / f"stderr{index}",
+            environment,
+        )
+        for index in range(2)
+    ]
+    assert [worker.end(120) for worker in workers] == [EXIT_OK] * 2, workers[0].said
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    for worker in workers:
+        assert f"its bytes: {half}\n" in worker.said
+
+
+def test_hosts_with_room_for_other_numbers_of_pages_are_refused_before_weights_are_read(
+    model_job: ModelJob,
+) -> None:
+    """Both have room for the model, but not for every sequence at full length."""
+    model_job.output.unlink(missing_ok=True)
+    model_job.devices = 1
+    script = str(Path(__file__).with_name("memory_worker.py"))
+    _, _, _, *arguments = model_job.command(
+        model_job.output, "--max-num-seqs", "64", "--max-model-len", "512",
+        "--coordinator-address", f"127.0.0.1:{free_port()}", "--num-processes", "2",
+    )  # fmt: skip
+    workers = [
+        Worker(
+            [sys.executable, script, memory, *arguments, "--process-id", str(index)],
+            model_job.folder / f"stderr{index}",
+            model_job.environment(),
+        )
+        for index, memory in enumerate(("10000000", "9500000"))
+    ]
+    assert [worker.end(120) for worker in workers] == [EXIT_USAGE] * 2, workers[0].said
+    words = rf"process 1 of 2 \({HOST}\): engine max_num_pages = \d+; process 0 of 2 .* has \d+"
+    for worker in workers:
+        assert re.search(words, worker.said)
+        assert "reading" not in worker.said
+        assert "Traceback" not in worker.said
+    assert "Smaller --max-num-seqs or --max-model-len" in workers[0].said
+    assert model_job.done() == 0
+
+
 @pytest.mark.slow
 def test_an_llm_under_jax_distributed_scores_and_generates_as_one_device_does(
     model_job: ModelJob,

@@ -32,7 +32,7 @@ def main() -> int:
 class Engine:
     """In place of the command's own."""
 
-    def __init__(self, _args: Any, say: Any) -> None:
+    def __init__(self, _args: Any, say: Any, check_limits: Any) -> None:
         from fake_engine import FakeEngine
 
         together = collective()
@@ -43,6 +43,7 @@ class Engine:
             together()
 
         self.llm, self.prompts = FakeEngine(fault), None
+        check_limits(self.llm.limits)
         say("loaded")
 
     def close(self) -> None:

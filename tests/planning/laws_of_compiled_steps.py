@@ -16,6 +16,7 @@ from bailing_jax.config import ModelConfig
 from bailing_jax.errors import EXIT_DOES_NOT_FIT, UserError
 from bailing_jax.mesh import MeshShape
 from bailing_jax.planning import compiled, footprint, model, ranking, report, steps
+from bailing_jax.planning.chips import CHIPS
 from bailing_jax.planning.topology import parse
 from bailing_jax.planning.workload import FP8, Workload, workload
 
@@ -57,7 +58,7 @@ def test_bytes_are_those_of_the_programs_arguments(
 ) -> None:
     found, load = planned(name, weight_dtype)
     built = steps.built(found.config, jax.devices(), mesh, load)
-    needs = footprint.footprint(found, mesh, load).needs
+    needs = footprint.footprint(found, CHIPS["v6e"], mesh, load).needs
     assert held(built.leaves) == needs["weights"]
     assert held(built.state) == needs["recurrent_state"] + needs["pages"]
 
@@ -77,7 +78,7 @@ def on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_steps(name: str, mesh: MeshShape, weight_dtype: str) -> None:
     """State in place, arguments as planned, two collectives a layer beside the exchange."""
     found, load = planned(name, weight_dtype)
-    needs = footprint.footprint(found, mesh, load).needs
+    needs = footprint.footprint(found, CHIPS["v6e"], mesh, load).needs
     state = needs["recurrent_state"] + needs["pages"]
     where, said = parse("v6e:2x4"), []
     made = compiled.steps(found, where, mesh, load, said.append)

@@ -8,6 +8,7 @@ import math
 import jax.numpy as jnp
 import pytest
 
+from bailing_jax.engine.limits import EngineLimits
 from bailing_jax.errors import UserError
 from bailing_jax.layers import expert_exchange, parallel
 from bailing_jax.layers.options import RuntimeOptions
@@ -15,14 +16,16 @@ from bailing_jax.mesh import MeshShape, meshes
 from bailing_jax.model import param_dtype
 from bailing_jax.params import describe
 from bailing_jax.planning import footprint, model
+from bailing_jax.planning.chips import CHIPS, Chip
 from bailing_jax.planning.workload import FP8, PAGE_SIZE, Workload, workload
 from bailing_jax.presets import PRESETS
 from bailing_jax.sharding import global_shape, splits
 from bailing_jax.state import PAGE_SIZE as ENGINE_PAGE_SIZE
-from bailing_jax.state import StateSpec, state_bytes
+from bailing_jax.state import state_bytes
 
 GIB = 2**30
 ONE = MeshShape()
+TPU, GPU = CHIPS["v6e"], CHIPS["h200"]
 NAMES = ("ling-mini-2.0", "ring-mini-linear-2.0", "ling-2.6-flash")
 MESHES = (ONE, MeshShape(tensor=8), MeshShape(expert=4, tensor=4), MeshShape(2, 8, 2))
 
@@ -62,14 +65,17 @@ def test_devices_hold_the_whole(
     assert footprint.weight_bytes(planned, mesh, load) * mesh.num_devices == total
 
 
+@pytest.mark.parametrize("chip", [TPU, GPU], ids=lambda chip: chip.name)
 @pytest.mark.parametrize("name", NAMES)
 def test_state_and_pages_of_one_device_are_the_engines(
-    models: dict[str, model.PlannedModel], name: str
+    models: dict[str, model.PlannedModel], name: str, chip: Chip
 ) -> None:
     planned = models[name]
     load = load_of(planned, max_num_seqs=5, max_model_len=130)
-    found = footprint.footprint(planned, ONE, load)
-    spec = StateSpec(num_slots=6, num_pages=5 * 3 + 1, page_dtype="bfloat16", whole_lanes=True)
+    found = footprint.footprint(planned, chip, ONE, load)
+    platform = "tpu" if chip is TPU else "gpu"
+    limits = EngineLimits(5, 130, load.prefill_chunk, PAGE_SIZE)
+    spec = limits.state_spec("bfloat16", "float32", platform)
     assert found.needs["recurrent_state"] + found.needs["pages"] == state_bytes(
         planned.config, spec
     )
@@ -82,14 +88,14 @@ def test_sequences_divide_over_shards(
 ) -> None:
     planned = models["ling-2.6-flash"]
     load = load_of(planned, max_num_seqs=33, max_model_len=4096)
-    found = footprint.footprint(planned, mesh, load)
+    found = footprint.footprint(planned, TPU, mesh, load)
     assert found.slots == math.ceil(33 / mesh.num_shards)
     assert found.pages == found.slots * 64
     # Heads are divided, latents are not.
     whole = footprint.slot_bytes(planned.config, ONE, load)
     assert footprint.slot_bytes(planned.config, mesh, load) * mesh.tensor == whole
-    assert footprint.page_bytes(planned.config, mesh, load) == footprint.page_bytes(
-        planned.config, ONE, load
+    assert footprint.page_bytes(planned.config, TPU, mesh, load) == footprint.page_bytes(
+        planned.config, TPU, ONE, load
     )
 
 
@@ -99,7 +105,7 @@ def test_key_value_heads_are_copied_where_devices_are_more(
     planned = models["ring-mini-linear-2.0"]  # four key-value heads
     load = load_of(planned)
     by_tensor = {
-        tensor: footprint.token_bytes(planned.config, MeshShape(tensor=tensor), load)
+        tensor: footprint.token_bytes(planned.config, TPU, MeshShape(tensor=tensor), load)
         for tensor in (1, 2, 4, 8, 16)
     }
     # Four layers, keys and values of 128 channels of bfloat16.
@@ -119,9 +125,10 @@ def test_ling_2_6_1t_by_hand(models: dict[str, model.PlannedModel]) -> None:
     assert experts == 76 * 3 * 8192 * 2048 * 2
     # Order of magnitude of the whole: 7.1 GiB of experts, a sixteenth of the rest.
     assert 10 * GIB < footprint.weight_bytes(planned, mesh, load) < 14 * GIB
-    # 280 MiB of state a request on one device; latents of 512 + 64 channels take 640 each.
+    # 280 MiB of state a request on one device; latents of 512 + 64 channels take 640 on a TPU.
     assert footprint.slot_bytes(planned.config, ONE, load) == 280 * 2**20
-    assert footprint.token_bytes(planned.config, ONE, load) == 10 * 640 * 2
+    assert footprint.token_bytes(planned.config, TPU, ONE, load) == 10 * 640 * 2
+    assert footprint.token_bytes(planned.config, GPU, ONE, load) == 10 * 576 * 2
 
 
 def test_fp8_halves_the_matrices_and_adds_scales(models: dict[str, model.PlannedModel]) -> None:
@@ -176,7 +183,7 @@ def test_more_sequences_or_length_never_take_less(models: dict[str, model.Planne
     for mesh in meshes(planned.config, 8):
         sizes = [
             footprint.footprint(
-                planned, mesh, load_of(planned, max_num_seqs=n, max_model_len=length)
+                planned, TPU, mesh, load_of(planned, max_num_seqs=n, max_model_len=length)
             ).total_bytes
             for n, length in ((1, 64), (8, 64), (8, 4096), (64, 4096), (64, 65536))
         ]

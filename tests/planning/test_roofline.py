@@ -60,7 +60,7 @@ def test_decode_bytes_by_hand(ring_mini: model.PlannedModel) -> None:
     assert weights.shared_bytes / 1e9 == pytest.approx(1.62, abs=0.01)
     touched = weights.expert_bytes * share_of_experts(ring_mini.config, rows.with_experts)
     assert touched / 1e9 == pytest.approx(19.5, abs=0.05)
-    total = memory_bytes(ring_mini.config, ONE, load, weights, rows)
+    total = memory_bytes(ring_mini.config, CHIPS["h100"], ONE, load, weights, rows)
     assert (total - weights.shared_bytes - touched) / 1e9 == pytest.approx(1.07 + 0.27, abs=0.01)
 
 

@@ -16,15 +16,16 @@ from random_checkpoints import random_tensors, write_checkpoint
 from tolerances import TOLERANCES
 
 from bailing_jax import LLM, SamplingParams, sharding
+from bailing_jax.checkpoint import random_weights
 from bailing_jax.checkpoint.load import load_model, match_native, match_released
-from bailing_jax.checkpoint.random_weights import draw, random_model
+from bailing_jax.checkpoint.random_weights import draw, draw_experts, random_model
 from bailing_jax.engine_options import EngineOptions
 from bailing_jax.errors import UserError
 from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.layers.parallel import Parallel
 from bailing_jax.memory import plan_memory
 from bailing_jax.mesh import MeshShape
-from bailing_jax.params import describe
+from bailing_jax.params import Param, describe
 from bailing_jax.placement import Placement
 from convert.__main__ import main
 from convert.native import open_native
@@ -95,12 +96,50 @@ def test_r093_each_device_gets_its_part(
             assert 0.95 * total < done <= (1.2 if copies else 1) * total
 
 
-def test_random_weights_are_the_same_on_every_mesh() -> None:
-    config, mesh = config_of("linear"), MeshShape(1, 2, 4)
+@pytest.mark.parametrize("held", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("linear", MeshShape(1, 2, 4)),
+        ("linear", MeshShape(2, 2, 2)),
+        ("latent", MeshShape(1, 8, 1)),
+        ("softmax", MeshShape(1, 3, 2)),
+    ],
+    ids=str,
+)
+def test_random_weights_are_the_same_on_every_mesh(name: str, mesh: MeshShape, held: str) -> None:
+    config = config_of(name)
     placement = Placement(config, mesh)
-    options = RuntimeOptions("float32", parallel=Parallel.of(config, mesh))
-    whole = {param.path: draw(param, 7) for param in describe(config)}
+    options = RuntimeOptions(held, parallel=Parallel.of(config, mesh))
+    alone = random_model(config, RuntimeOptions(held), 7)
+    whole = {path: np.asarray(array) for path, array in arrays(alone).items()}
     check_parts(arrays(random_model(config, options, 7, placement)), whole, placement)
+
+
+def test_a_part_of_the_experts_is_drawn_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("linear")
+    param = next(p for p in describe(config) if p.path.endswith("mlp.experts.down_proj.weight"))
+    want = draw(param, 7)[5:7, 3:, :2]
+    drawn: list[Any] = []
+    normal = random_weights._normal
+
+    def counted(param: Param, shape: Any, key: Any) -> np.ndarray:
+        drawn.append(key[-1])
+        return normal(param, shape, key)
+
+    monkeypatch.setattr(random_weights, "_normal", counted)
+    _, width_in, _ = param.shape
+    got = draw_experts(param, 7, ((5, 7), (3, width_in), (0, 2)))
+    np.testing.assert_array_equal(got, want)
+    assert drawn == [5, 6]
+    # On a mesh every expert is drawn once, where all of its devices are of one process.
+    drawn.clear()
+    mesh = MeshShape(2, 2, 2)
+    options = RuntimeOptions("float32", parallel=Parallel.of(config, mesh))
+    random_model(config, options, 7, Placement(config, mesh))
+    stacks = [p for p in describe(config) if p.axes[0] == "experts"]
+    experts = [number for number in drawn if number < config.moe.num_experts]
+    assert len(experts) == len(stacks) * config.moe.num_experts
 
 
 def test_r111_values_no_weight_has_are_refused_by_name(tmp_path: Path) -> None:
