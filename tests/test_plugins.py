@@ -24,11 +24,13 @@ from bailing_jax.errors import UserError
 from bailing_jax.layers.lightning_attention import LightningAttention
 from pallas_kernels import dispatch, lightning_decode
 
+pytestmark = pytest.mark.unoptimised
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # A layer that keeps a wider state than it needs and gives half of what the built-in one gives, and
 # a decode kernel that counts.
-PROBE = '''
+PROBE = """
 import jax
 import jax.numpy as jnp
 from bailing_jax import plugins
@@ -58,9 +60,9 @@ def counting_decode(q, k, v, log_decay, state, *, slots, scale):
 def register():
     plugins.register_layer("lightning_attention", HalfAttention)
     plugins.register_kernel("lightning_decode", "counting", counting_decode)
-'''
+"""
 
-PROGRAM = '''
+PROGRAM = """
 import sys
 from bailing_jax import LLM, SamplingParams
 llm = LLM(sys.argv[1], max_num_seqs=2, max_model_len=64, prefill_chunk=16)
@@ -68,7 +70,7 @@ answer = llm.generate([3, 1, 4], SamplingParams(max_tokens=4, temperature=0.0, i
 import bailing_probe
 print(bailing_probe.seen, {leaf.shape[4:] for leaf in llm._engine._state.layers})
 print(len(answer[0].outputs[0].token_ids))
-'''
+"""
 
 
 def write_wheel(folder: Path, name: str, source: str, entry_points: str) -> Path:

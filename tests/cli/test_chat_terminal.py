@@ -18,6 +18,8 @@ from tiny_models import greedy, is_idle, linear_llm
 from bailing_jax import LLM, SamplingParams
 from bailing_jax.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 
+pytestmark = pytest.mark.unoptimised
+
 LEAVE = "Ctrl-C once more leaves"
 
 # Ctrl-C.

@@ -25,6 +25,8 @@ from bailing_jax.cli.job_input import Requests
 from bailing_jax.cli.job_output import Output
 from bailing_jax.errors import EXIT_FAILURE, EXIT_OK, UserError
 
+pytestmark = pytest.mark.unoptimised
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:

@@ -15,6 +15,8 @@ from bailing_jax import LLM, AsyncEngine, SamplingParams
 from bailing_jax.engine.async_engine import ClosedError, Stream
 from bailing_jax.errors import UserError
 
+pytestmark = pytest.mark.unoptimised
+
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
@@ -33,9 +35,7 @@ def jobs(count: int) -> list[tuple[list[int], SamplingParams]]:
     return [
         (
             [rng.randrange(300) for _ in range(rng.randint(1, 40))],
-            SamplingParams(
-                max_tokens=rng.randint(1, 30), temperature=1.0, seed=i, ignore_eos=True
-            ),
+            SamplingParams(max_tokens=rng.randint(1, 30), temperature=1.0, seed=i, ignore_eos=True),
         )
         for i in range(count)
     ]
