@@ -18,6 +18,8 @@ from tolerances import TOLERANCES
 
 from bailing_jax import LLM, SamplingParams
 
+pytestmark = pytest.mark.unoptimised
+
 SIZES = Sizes(num_decode=1, num_prefill=8, num_segments=1, page_size=16, pages_a_sequence=9)
 
 

@@ -29,7 +29,10 @@ from bailing_jax.params import describe
 from bailing_jax.state import allocate
 from convert.source import open_source
 
-pytestmark = pytest.mark.filterwarnings("ignore::bailing_jax.config.ConfigWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::bailing_jax.config.ConfigWarning"),
+    pytest.mark.unoptimised,
+]
 
 Stored = Literal["float32", "bfloat16", "float16"]
 

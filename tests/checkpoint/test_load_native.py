@@ -24,7 +24,10 @@ from convert.__main__ import main
 from convert.native import open_native
 from convert.source import open_source
 
-pytestmark = pytest.mark.filterwarnings("ignore::bailing_jax.config.ConfigWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::bailing_jax.config.ConfigWarning"),
+    pytest.mark.unoptimised,
+]
 
 ARCHITECTURES = (V2, LINEAR_V2, V2_5)
 

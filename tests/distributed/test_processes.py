@@ -26,6 +26,8 @@ from tolerances import TOLERANCES
 from bailing_jax import small_model
 from bailing_jax.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED, EXIT_USAGE
 
+pytestmark = pytest.mark.unoptimised
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).resolve().parent / "worker.py"
 HOST = socket.gethostname()

@@ -15,6 +15,8 @@ from bailing_jax import LLM
 from bailing_jax.engine import scoring
 from bailing_jax.errors import EXIT_DOES_NOT_FIT, UserError
 
+pytestmark = pytest.mark.unoptimised
+
 LAYERS, WIDTH = LINEAR["num_hidden_layers"], LINEAR["hidden_size"]
 METHODS = ("logits", "hidden_states", "token_logprobs", "recurrent_states")
 

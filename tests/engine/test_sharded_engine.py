@@ -24,6 +24,8 @@ from bailing_jax.engine.shards import CallPlan
 from bailing_jax.errors import NotFiniteError, UserError
 from bailing_jax.state import DecodeState
 
+pytestmark = pytest.mark.unoptimised
+
 SHARDS = 2
 # Two of them make less than a chunk, so that they go to the shards in turns.
 PROMPTS = [[3, 1, 4], [1, 5] * 4, [9, 2, 6], [5] * 7]

@@ -20,6 +20,8 @@ from bailing_jax.errors import EXIT_INTERRUPTED, EXIT_USAGE
 from bailing_jax.evaluation import likelihood
 from bailing_jax.text.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.unoptimised
+
 Capture = pytest.CaptureFixture[str]
 SIZES = ("--max-model-len", 96, "--prefill-chunk", 16, "--quiet")
 TEXT = "the cat and the dog are in the house, and 12 hens on the hill. " * 5

@@ -26,6 +26,8 @@ from bailing_jax.training.loss import pack_losses, to_batch
 from bailing_jax.training.packs import Pack, PackSize
 from bailing_jax.training.start import weights_of
 
+pytestmark = pytest.mark.unoptimised
+
 # Longer than a chunk of lightning attention, a full window, one token, a chunk's border.
 LENGTHS = (90, 128, 1, 64)
 SIZE = PackSize(rows=300, segments=6, window=128)
