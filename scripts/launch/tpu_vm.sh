@@ -40,7 +40,8 @@ else
     remote+=" $(printf '%q' "$argument")"
   done
   log='~/bailing-job.log' # likewise
-  remote="nohup $remote >$log 2>&1 </dev/null & job=\$!"
+  # tail may be faster than the job, and wants a file.
+  remote=": >$log; nohup $remote >$log 2>&1 </dev/null & job=\$!"
   remote+="; tail --pid=\$job -n +1 -f $log; wait \$job"
 fi
 
