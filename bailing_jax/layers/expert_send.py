@@ -40,11 +40,13 @@ class _Plan(NamedTuple):
         counts: int32 [senders, receivers].
         me: which of them this device is.
         quota: rows from one to another in a round.
+        rounds: how many until nobody has any left, the same on all devices of the mesh.
     """
 
     counts: jax.Array
     me: jax.Array
     quota: int
+    rounds: jax.Array
 
     def first(self) -> jax.Array:
         """int32 [senders, receivers]: where a receiver's choices begin among a sender's."""
@@ -79,8 +81,7 @@ def send(
     goes = exists[:, None] & on_my_line
     receiver = jnp.where(goes, owner // parallel.tensor_experts, shards).reshape(-1)
     order = stable_order(receiver, shards + 1)
-    bounds = jnp.searchsorted(receiver[order], jnp.arange(shards + 1)).astype(jnp.int32)
-    plan = _Plan(parallel.gather_counts(bounds[1:] - bounds[:-1]), parallel.expert_index(), quota)
+    plan = _plan(parallel, jnp.where(exists[:, None], owner, -1), quota)
     rows_of, local_ids = x[order // choices], (ids % num_here).reshape(-1)[order]
     transport = _ragged if compat.target_platform() in RAGGED else _places
 
@@ -96,11 +97,24 @@ def send(
         )
         return back(got, y)
 
-    num_rounds = parallel.largest(-(-plan.counts.max() // quota))
     y = jnp.zeros((rows * choices, x.shape[1]), jnp.float32)
-    y = jax.lax.fori_loop(0, num_rounds, one_round, y)
+    y = jax.lax.fori_loop(0, plan.rounds, one_round, y)
     y = y[inverse(order)].reshape(rows, choices, -1)
     return jnp.where(goes[..., None], y * weights[..., None], 0).sum(axis=1)
+
+
+def _plan(parallel: Parallel, owner: jax.Array, quota: int) -> _Plan:
+    """The plan for choices that each go to device `owner` of those that divide experts, -1 to none.
+
+    A shard's devices all know its choices, so each counts for all of them: what the shards tell
+    one another is enough to know the most rounds that any device needs, without asking across
+    `tensor`. Devices that meet in a round have it from one gather and so from the same numbers.
+    """
+    devices = jnp.arange(parallel.expert * parallel.tensor_experts, dtype=jnp.int32)
+    counts = (owner.reshape(-1, 1) == devices).sum(axis=0, dtype=jnp.int32)
+    every = parallel.gather_counts(counts.reshape(parallel.expert, parallel.tensor_experts))
+    mine = every[parallel.data_index(), :, :, parallel.experts_index()]
+    return _Plan(mine, parallel.expert_index(), quota, -(-every.max() // quota))
 
 
 def _places(parallel: Parallel, plan: _Plan, number: jax.Array):
