@@ -16,9 +16,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.scaled import Scaled
 
-def einsum(formula: str, *operands: jax.Array) -> jax.Array:
-    """`jnp.einsum` with float32 result and explicit precision."""
+
+def einsum(formula: str, *operands: jax.Array | Scaled) -> jax.Array:
+    """`jnp.einsum` with float32 result and explicit precision.
+
+    A `Scaled` comes last, and the result's last axes are its own without `in`.
+    """
+    *others, last = operands
+    if isinstance(last, Scaled):
+        # Scales multiply the few results: on the many values they make a TPU's compiler write
+        # several times the code for each product.
+        return einsum(formula, *others, last.values.astype(last.dtype)) * last.scales[..., 0, :]
     if len(operands) == 2 and all(x.dtype != jnp.float32 for x in operands):
         return _narrow_product(formula, *operands)
     return _einsum(formula, *operands)
