@@ -168,7 +168,7 @@ class Programs:
         lowered = self.trace_step(self._leaves, state, layout).lower()
         self._compiled[_size(layout)] = lowered.compile(self.compiler_options(layout))
 
-    def compiler_options(self, layout: BatchLayout) -> dict[str, str] | None:
+    def compiler_options(self, layout: BatchLayout) -> dict[str, str | bool] | None:
         """What XLA is told for the step of this layout's size."""
         return self._spread.compiler_options(layout.tokens.size)
 

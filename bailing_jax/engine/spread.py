@@ -60,7 +60,7 @@ class Spread:
         if placement is not None:
             self._leaf_specs = tuple(leaf.sharding.spec for leaf in leaves)
 
-    def compiler_options(self, rows: int) -> dict[str, str] | None:
+    def compiler_options(self, rows: int) -> dict[str, str | bool] | None:
         """What XLA is told for a step of so many token rows in all shards."""
         devices = jax.devices() if self._placement is None else self._placement.mesh.devices.flat
         is_small = rows * self._config.hidden_size * 4 <= _SMALL_VMEM // 4

@@ -94,7 +94,7 @@ def _devices(topology: Topology) -> Any:
 def _compiled(
     name: str,
     rows: int,
-    lower: Callable[[], tuple[Any, dict[str, str] | None]],
+    lower: Callable[[], tuple[Any, dict[str, str | bool] | None]],
     topology: Topology,
     mesh: MeshShape,
 ) -> CompiledStep:

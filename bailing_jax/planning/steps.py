@@ -28,7 +28,7 @@ from bailing_jax.planning.workload import FP8, PAGE_SIZE, Workload
 from bailing_jax.state import DecodeState
 
 # (name, token rows a shard, lowers it and says what the engine tells XLA then)
-Step = tuple[str, int, Callable[[], tuple[jax.stages.Lowered, dict[str, str] | None]]]
+Step = tuple[str, int, Callable[[], tuple[jax.stages.Lowered, dict[str, str | bool] | None]]]
 
 
 class Built(NamedTuple):
@@ -75,7 +75,7 @@ def traceable(
 
     def lower(
         num_prefill: int, num_segments: int
-    ) -> tuple[jax.stages.Lowered, dict[str, str] | None]:
+    ) -> tuple[jax.stages.Lowered, dict[str, str | bool] | None]:
         layout = pack(
             [],
             [],
