@@ -165,8 +165,12 @@ class Programs:
         """Compile the step of this layout's size without running it."""
         if self.has_step(layout):
             return
-        traced = self.trace_step(self._leaves, state, layout)
-        self._compiled[_size(layout)] = traced.lower().compile()
+        lowered = self.trace_step(self._leaves, state, layout).lower()
+        self._compiled[_size(layout)] = lowered.compile(self.compiler_options(layout))
+
+    def compiler_options(self, layout: BatchLayout) -> dict[str, str | bool] | None:
+        """What XLA is told for the step of this layout's size."""
+        return self._spread.compiler_options(layout.tokens.size)
 
     def trace_step(
         self, leaves: tuple[Any, ...], state: DecodeState, layout: BatchLayout

@@ -1,6 +1,7 @@
 """Routed rows sent to the devices that hold their experts, and the results sent back.
 
-    sort a shard's choices by the shard that holds their expert (of this device's share of experts)
+    sort a shard's choices by their expert (of this device's share of experts), so by its shard too
+    tell the others how many there are of each
     round by round, until nobody has any left:
         each sends at most `quota` choices to each; the experts run; the results go back
     y = sum_i w_i result_i, in the order of the choices
@@ -37,22 +38,37 @@ class _Plan(NamedTuple):
     """Who sends how much, the same on all devices of an exchange.
 
     Attributes:
-        counts: int32 [senders, receivers].
+        each: int32 [senders, receivers, experts]: choices of each of a receiver's experts.
         me: which of them this device is.
         quota: rows from one to another in a round.
+        rounds: how many until nobody has any left, the same on all devices of the mesh.
     """
 
-    counts: jax.Array
+    each: jax.Array
     me: jax.Array
     quota: int
+    rounds: jax.Array
+
+    def counts(self) -> jax.Array:
+        """int32 [senders, receivers]."""
+        return self.each.sum(axis=2)
 
     def first(self) -> jax.Array:
         """int32 [senders, receivers]: where a receiver's choices begin among a sender's."""
-        return jnp.cumsum(self.counts, axis=1) - self.counts
+        counts = self.counts()
+        return jnp.cumsum(counts, axis=1) - counts
 
     def in_round(self, number: jax.Array) -> jax.Array:
         """int32 [senders, receivers]: how many go in this round."""
-        return jnp.clip(self.counts - number * self.quota, 0, self.quota)
+        return jnp.clip(self.counts() - number * self.quota, 0, self.quota)
+
+    def coming_ids(self, number: jax.Array) -> jax.Array:
+        """int32 [senders * quota]: the expert of each row that comes, from 0 on; where none comes,
+        the number of experts. A sender's are in the order of the experts."""
+        ends = jnp.cumsum(self.each[:, self.me], axis=1)
+        place = number * self.quota + jnp.arange(self.quota)
+        ids = (place[:, None] >= ends[:, None, :]).sum(axis=2, dtype=jnp.int32)
+        return ids.reshape(-1)
 
 
 def quota_of(parallel: Parallel, rows: int, choices: int) -> int:
@@ -77,30 +93,42 @@ def send(
     owner = ids // num_here
     on_my_line = owner % parallel.tensor_experts == parallel.experts_index()
     goes = exists[:, None] & on_my_line
-    receiver = jnp.where(goes, owner // parallel.tensor_experts, shards).reshape(-1)
-    order = stable_order(receiver, shards + 1)
-    bounds = jnp.searchsorted(receiver[order], jnp.arange(shards + 1)).astype(jnp.int32)
-    plan = _Plan(parallel.gather_counts(bounds[1:] - bounds[:-1]), parallel.expert_index(), quota)
-    rows_of, local_ids = x[order // choices], (ids % num_here).reshape(-1)[order]
+    expert = owner // parallel.tensor_experts * num_here + ids % num_here
+    order = stable_order(
+        jnp.where(goes, expert, shards * num_here).reshape(-1), shards * num_here + 1
+    )
+    plan = _plan(parallel, jnp.where(exists[:, None], ids, -1), num_here, quota)
+    rows_of = x[order // choices]
     transport = _ragged if compat.target_platform() in RAGGED else _places
 
     def one_round(number: jax.Array, y: jax.Array) -> jax.Array:
         there, back = transport(parallel, plan, number)
         coming = plan.in_round(number)[:, plan.me]
         is_row = (jnp.arange(quota) < coming[:, None]).reshape(-1)
-        got = run(
-            there(rows_of),
-            jnp.where(is_row, there(local_ids), num_here)[:, None],
-            jnp.ones((shards * quota, 1), jnp.float32),
-            is_row,
-        )
+        ones = jnp.ones((shards * quota, 1), jnp.float32)
+        got = run(there(rows_of), plan.coming_ids(number)[:, None], ones, is_row)
         return back(got, y)
 
-    num_rounds = parallel.largest(-(-plan.counts.max() // quota))
     y = jnp.zeros((rows * choices, x.shape[1]), jnp.float32)
-    y = jax.lax.fori_loop(0, num_rounds, one_round, y)
-    y = y[inverse(order)].reshape(rows, choices, -1)
-    return jnp.where(goes[..., None], y * weights[..., None], 0).sum(axis=1)
+    y = jax.lax.fori_loop(0, plan.rounds, one_round, y)
+    # Choices come first: as an axis beside the rows a TPU would lay it all out anew.
+    y = y[inverse(order).reshape(rows, choices).T] * weights.T[..., None]
+    return jnp.where(goes.T[..., None], y, 0).sum(axis=0)
+
+
+def _plan(parallel: Parallel, ids: jax.Array, num_here: int, quota: int) -> _Plan:
+    """The plan for choices of the experts `ids`, -1 for none, of which a device has `num_here`.
+
+    A shard's devices all know its choices, so each counts for all of them: what the shards tell
+    one another is enough to know the most rounds that any device needs, without asking across
+    `tensor`. Devices that meet in a round have it from one gather and so from the same numbers.
+    """
+    experts = jnp.arange(parallel.expert * parallel.tensor_experts * num_here, dtype=jnp.int32)
+    each = (ids.reshape(-1, 1) == experts).sum(axis=0, dtype=jnp.int32)
+    each = parallel.gather_counts(each.reshape(parallel.expert, parallel.tensor_experts, num_here))
+    rounds = -(-each.sum(axis=-1).max() // quota)
+    mine = each[parallel.data_index(), :, :, parallel.experts_index()]
+    return _Plan(mine, parallel.expert_index(), quota, rounds)
 
 
 def _places(parallel: Parallel, plan: _Plan, number: jax.Array):

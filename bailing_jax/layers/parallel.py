@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from bailing_jax.config import ModelConfig
 from bailing_jax.mesh import MeshShape, tensor_axes
-from bailing_jax.sharding import AXES, EXPERT, ROWS, TENSOR, TENSOR_EXPERTS, norm_parts
+from bailing_jax.sharding import DATA, EXPERT, ROWS, TENSOR, TENSOR_EXPERTS, norm_parts
 
 
 @dataclass(frozen=True)
@@ -140,12 +140,13 @@ class Parallel:
         return jax.lax.axis_index(TENSOR_EXPERTS) if self.tensor_experts > 1 else 0
 
     def gather_counts(self, counts: jax.Array) -> jax.Array:
-        """[shards, ...]: those of every shard that divides the experts."""
-        return jax.lax.all_gather(counts, EXPERT)
+        """[data, expert, ...]: those of every shard, by its place along each axis."""
+        every = jax.lax.all_gather(counts, ROWS)
+        return every.reshape(self.data, self.expert, *counts.shape)
 
-    def largest(self, number: jax.Array) -> jax.Array:
-        """The largest on any device: loops around sums run equally often everywhere."""
-        return jax.lax.pmax(number, AXES)
+    def data_index(self) -> jax.Array:
+        """This device's place among the shards that divide nothing."""
+        return jax.lax.axis_index(DATA)
 
     def swap_places(self, y: jax.Array) -> jax.Array:
         """Of [shards x places, ...], part i goes to shard i and comes from shard i."""

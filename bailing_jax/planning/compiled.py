@@ -92,15 +92,19 @@ def _devices(topology: Topology) -> Any:
 
 
 def _compiled(
-    name: str, rows: int, lower: Callable[[], Any], topology: Topology, mesh: MeshShape
+    name: str,
+    rows: int,
+    lower: Callable[[], tuple[Any, dict[str, str | bool] | None]],
+    topology: Topology,
+    mesh: MeshShape,
 ) -> CompiledStep:
     import jax
 
     begun = time.perf_counter()
-    lowered = lower()
+    lowered, options = lower()
     traced, used = time.perf_counter(), time.process_time()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         first = str(error).splitlines()[0]
         if "memory" not in first.lower():

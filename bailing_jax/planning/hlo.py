@@ -27,9 +27,10 @@ KINDS = (
 )
 # The jitted function that every layer is (bailing_jax.model), in the names of operations.
 _LAYER = "jit(_run_layer)"
-# `input_output_alias={ {2}: (118, {}, may-alias), ... }`: arguments that are updated in place.
+# `input_output_alias={ {2}: (118, {}, may-alias), ... }`: arguments that are updated in place. More
+# than 2,000 arguments are one tuple: `{2}: (0, {2021}, may-alias)`.
 _ALIASES = re.compile(r"input_output_alias=\{(.*?) \}, ")
-_ALIASED = re.compile(r": \((\d+), ")
+_ALIASED = re.compile(r": \((\d+), \{(\d*)\}")
 _ARGUMENTS = re.compile(r"entry_computation_layout=\{\((.*?)\)->")
 _COPY = re.compile(r" = (?P<type>[^ ]+) (?:copy|transpose)\(")
 # `%name = TYPE kind(`, `kind-start(`: an asynchronous one; its `-done` is not counted again.
@@ -71,7 +72,7 @@ def state_copies(text: str) -> int:
     if aliases is None or arguments is None:
         return 0
     sizes = list(_sizes(arguments[1]))
-    state = {sizes[int(number)] for number in _ALIASED.findall(aliases[1])}
+    state = {sizes[int(inside or number)] for number, inside in _ALIASED.findall(aliases[1])}
     return sum(sum(_sizes(copy["type"])) in state for copy in _COPY.finditer(text))
 
 

@@ -27,8 +27,8 @@ from bailing_jax.planning.quantised import scaled_shape
 from bailing_jax.planning.workload import FP8, PAGE_SIZE, Workload
 from bailing_jax.state import DecodeState
 
-# (name, token rows a shard, lowers it)
-Step = tuple[str, int, Callable[[], jax.stages.Lowered]]
+# (name, token rows a shard, lowers it and says what the engine tells XLA then)
+Step = tuple[str, int, Callable[[], tuple[jax.stages.Lowered, dict[str, str | bool] | None]]]
 
 
 class Built(NamedTuple):
@@ -73,7 +73,9 @@ def traceable(
     """The step in which every sequence decodes, and the one that takes in a chunk beside them."""
     programs, leaves, state, limits, jax_mesh = built(config, devices, mesh, load)
 
-    def lower(num_prefill: int, num_segments: int) -> jax.stages.Lowered:
+    def lower(
+        num_prefill: int, num_segments: int
+    ) -> tuple[jax.stages.Lowered, dict[str, str | bool] | None]:
         layout = pack(
             [],
             [],
@@ -87,7 +89,8 @@ def traceable(
             layout = jax.tree.map(lambda a: np.stack([a] * mesh.num_shards), layout)
         # The mesh tells the kernels' wrappers which chip they are for.
         with jax.set_mesh(jax_mesh):
-            return programs.trace_step(leaves, state, layout).lower()
+            lowered = programs.trace_step(leaves, state, layout).lower()
+        return lowered, programs.compiler_options(layout)
 
     decode, prefill = limits.max_num_seqs, load.prefill_chunk
     yield "decode", decode, lambda: lower(0, 0)

@@ -106,7 +106,7 @@ class Refuses:
     def __init__(self, says: str) -> None:
         self.says = says
 
-    def compile(self) -> None:
+    def compile(self, _options: None) -> None:
         raise jax.errors.JaxRuntimeError(self.says)
 
 
@@ -114,9 +114,9 @@ class Refuses:
     "says", ["RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.", "no"]
 )
 def test_a_step_that_does_not_fit(says: str) -> None:
-    is_memory = "memory" in says
+    is_memory, where = "memory" in says, parse("v6e:2x2")
     with pytest.raises(UserError if is_memory else jax.errors.JaxRuntimeError) as refused:
-        compiled._compiled("decode", 4, lambda: Refuses(says), parse("v6e:2x2"), MeshShape())
+        compiled._compiled("decode", 4, lambda: (Refuses(says), None), where, MeshShape())
     if isinstance(refused.value, UserError):
         assert refused.value.exit_code == EXIT_DOES_NOT_FIT
         assert "the decode step does not fit v6e:2x2: RESOURCE_EXHAUSTED" in refused.value.message

@@ -78,3 +78,11 @@ def test_of_an_argument_that_is_only_read_copies_are_free() -> None:
     line = "%copy.1 = bf16[5,64,2,128]{3,2,1,0} copy(%weights)"
     assert state_copies(program(line, aliases="{1}: (2, {}, may-alias)")) == 0
     assert state_copies("ENTRY %main { %copy = f32[8]{0} copy(%p) }") == 0
+
+
+def test_arguments_that_are_one_tuple_are_told_apart() -> None:
+    """As XLA takes more than 2,000: that all are in argument 0 does not make the first a pool."""
+    aliases = "{1}: (0, {2}, may-alias), {2}: (0, {1}, must-alias)"
+    pool, tokens = "f32[16,9,4]{2,1,0} copy(%slots)", "s32[8]{0} copy(%tokens)"
+    assert state_copies(program(f"%copy.1 = {pool}", aliases=aliases)) == 1
+    assert state_copies(program(f"%copy.1 = {tokens}", aliases=aliases)) == 0
