@@ -5,7 +5,7 @@ first, and went on slicing its decode rows and decode slots behind them, answers
 rots in company: nothing crashes, and a step without prompts is right. This plants that bug (the
 product holds no switch for it) and asks both packages the same word problems, one at a time and
 32 at once on the same engine, as `python -m bailing_jax.evaluate` does. Takes a little more than a
-minute on two idle cores, two fifths of it for compiling.
+minute on two idle cores.
 
     python scripts/founding_bug.py
     python scripts/founding_bug.py --num 200 --seed 3 --json
