@@ -24,9 +24,9 @@ from pallas_kernels import compat
 T = TypeVar("T")
 
 # A TPU's compiler unrolls a product over as large a block of its matrix as it may keep in VMEM, by
-# default 32 MiB. With 8 it takes two fifths of the time for a decode step of Ling-2.6-1T in fp8,
-# and writes half the code. But gathers of many rows keep them all there, and it gives up where they
-# do not fit: rows in float32 may take a quarter.
+# default about 30 MiB. With 8 it writes less code and is done sooner (docs/experiments.md). But
+# gathers of many rows keep them all there, and it gives up where they do not fit: a step's rows in
+# float32 may take a quarter.
 _SMALL_VMEM = 8 << 20
 
 
