@@ -31,7 +31,8 @@ _COMPILING = (
 # These take longest. Of two processes that take a file each, one must not begin such a file when
 # the other is about to be done.
 _LONGEST = (
-    "test_on_eight_devices.py", "test_exact.py", "test_run.py", "test_processes.py",
+    "test_on_eight_devices.py", "test_lightning_gpu_prefill.py", "test_exact.py", "test_run.py",
+    "test_processes.py",
     "test_against_reference.py", "test_goldens.py", "test_generate.py", "test_gradients.py",
     "test_step.py", "test_trained_decay.py", "test_dry_run.py", "test_schedules.py",
     "test_precision.py", "test_faults.py", "test_llm_regressions.py", "test_laws.py",
