@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -44,6 +45,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let xdist hand out files in the order of collection, where it is there."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+    if compat.has_mosaic_gpu():
+        # Threads of XLA's CPU client, read when it starts. The interpreter's wait for each other in
+        # calls back to Python: of as many as there are cores, all may wait, and nobody goes on.
+        os.environ.setdefault("NPROC", "8")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
