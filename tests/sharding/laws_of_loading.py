@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from mesh_models import CONFIGS, config_of
 from random_checkpoints import random_tensors, write_checkpoint
+from slow import slow_but
 from tolerances import TOLERANCES
 
 from bailing_jax import LLM, SamplingParams, sharding
@@ -60,15 +61,20 @@ def check_parts(found: dict[str, jax.Array], whole: dict[str, np.ndarray], where
             np.testing.assert_array_equal(np.asarray(shard.data), np.concatenate(parts, axis))
 
 
+HELD = [
+    ("linear", MeshShape(1, 1, 8), "bfloat16"),
+    ("latent", MeshShape(1, 2, 4), "float32"),
+    ("softmax", MeshShape(1, 2, 4), "bfloat16"),
+    ("softmax", MeshShape(1, 3, 2), "float32"),
+    ("linear", MeshShape(2, 2, 2), "float32"),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "mesh", "held"),
-    [
-        ("linear", MeshShape(1, 1, 8), "bfloat16"),
-        ("latent", MeshShape(1, 2, 4), "float32"),
-        ("softmax", MeshShape(1, 2, 4), "bfloat16"),
-        ("softmax", MeshShape(1, 3, 2), "float32"),
-        ("linear", MeshShape(2, 2, 2), "float32"),
-    ],
+    slow_but(
+        HELD, [(name, mesh, held) for name, mesh, _ in HELD for held in ("float32", "bfloat16")]
+    ),
     ids=str,
 )
 def test_r093_each_device_gets_its_part(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import product
 
 import jax
 import numpy as np
 import pytest
 from checks import assert_same_bits
 from mesh_models import PAGE, SPEC, WIDTH, config_of, programs, run_on
+from slow import slow_but
 
 from bailing_jax.batch import BatchLayout, pack, stack
 from bailing_jax.engine import sampler
@@ -77,7 +79,12 @@ def test_copies_need_no_exchange() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "prefill"), [(MeshShape(1, 2, 2), 10), (MeshShape(1, 1, 8), 0)], ids=str
+    ("mesh", "prefill"),
+    slow_but(
+        [(MeshShape(1, 2, 2), 10), (MeshShape(1, 1, 8), 0)],
+        product([MeshShape(1, 2, 2), MeshShape(1, 1, 8)], [0, 10]),
+    ),
+    ids=str,
 )
 def test_the_state_is_updated_in_place(mesh: MeshShape, prefill: int) -> None:
     made = programs("linear", mesh)
@@ -90,7 +97,10 @@ def test_the_state_is_updated_in_place(mesh: MeshShape, prefill: int) -> None:
 
 @pytest.mark.parametrize(
     ("mesh", "sends"),
-    [(MeshShape(1, 2, 2), True), (MeshShape(2, 1, 4), False)],
+    slow_but(
+        [(MeshShape(1, 2, 2), True), (MeshShape(2, 1, 4), False)],
+        [(MeshShape(1, 2, 2), False), (MeshShape(1, 2, 2), True), (MeshShape(2, 1, 4), False)],
+    ),
     ids=str,
 )
 def test_exact_mode_a_row_is_the_same_wherever_it_runs(

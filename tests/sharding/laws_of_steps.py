@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from checks import assert_same_bits
 from mesh_models import CONFIGS, Seen, config_of, programs, run_alone, run_on
+from slow import slow_but
 from tolerances import TOLERANCES
 
 from bailing_jax.engine.programs import NOTHING
@@ -58,11 +59,18 @@ def test_the_exchange_in_blocks_and_parts_drops_nothing(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("name", "mesh", "quota"),
-    [
-        ("linear", MeshShape(1, 4, 2), 1),
-        ("latent", MeshShape(2, 4), 4),
-        pytest.param("softmax", MeshShape(1, 2, 4), 1, marks=pytest.mark.slow),
-    ],
+    slow_but(
+        [("linear", MeshShape(1, 4, 2), 1), ("latent", MeshShape(2, 4), 4)],
+        [
+            (name, mesh, quota)
+            for name, mesh in (
+                ("linear", MeshShape(1, 4, 2)),
+                ("softmax", MeshShape(1, 2, 4)),
+                ("latent", MeshShape(2, 4)),
+            )
+            for quota in (1, 4)
+        ],
+    ),
     ids=str,
 )
 def test_choices_that_are_sent_give_the_same(
