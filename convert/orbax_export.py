@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,10 +43,13 @@ def export(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
     if os.path.lexists(folder):
         raise UserError(f"{folder}: already exists", "Move it or give another name.", EXIT_FAILURE)
     hint = (
-        "Check that the disk has room and can be written, then convert again; "
-        f"{folder.name}.orbax-checkpoint-tmp beside it holds what was written and can be removed."
+        "Check that the disk has room and can be written, then convert again; a folder "
+        f"{folder.name}.*.partial beside it, if there is one, can be removed."
     )
-    with _orbax(folder, "the Orbax checkpoint cannot be written", hint) as ocp:
+    with (
+        _orbax(folder, "the Orbax checkpoint cannot be written", hint) as ocp,
+        _beside(folder) as partial,
+    ):
         # Not compressed, because only then are memory maps written without a copy of them.
         handler = ocp.PyTreeCheckpointHandler(
             use_compression=False, type_handler_registry=_batch_writer(ocp)
@@ -54,7 +59,8 @@ def export(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
             dict(arrays), save_args, ocdbt_target_data_file_size=_BATCH_BYTES
         )
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(folder.absolute(), args=args)
+            checkpointer.save(partial / folder.name, args=args)
+        (partial / folder.name).rename(folder)
 
 
 def tensor_hashes(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
@@ -87,6 +93,20 @@ def tensor_hashes(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, s
         if extra := sorted(stored.keys() - arrays.keys()):
             raise ValueError(f"it holds {len(extra)} other tensors, e.g. {extra[0]}")
     return hashes
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A folder of this export's own, where it writes until all is there.
+
+    Once a write has failed, Orbax waits for none of the others: they go on for a while, and where
+    the next export wrote to the same place they would meet its files.
+    """
+    partial = Path(tempfile.mkdtemp(".partial", f"{folder.name}.", folder.absolute().parent))
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _batch_writer(ocp: ModuleType) -> Any:

@@ -386,6 +386,17 @@ def test_full_disk_is_a_user_error_and_the_next_export_succeeds(tmp_path: Path) 
     assert lines[2:] == [sha256(np.ones((300, 507)).tobytes())]
 
 
+def test_no_export_writes_where_another_did_and_nothing_stays(tmp_path: Path) -> None:
+    """Of a failed export some writes may still be under way when the next one begins."""
+    folder = tmp_path / "orbax"
+    with orbax_export._beside(folder) as first, orbax_export._beside(folder) as second:
+        assert first != second
+        assert {first.parent, second.parent} == {tmp_path}
+        (first / "d").mkdir()
+        (first / "d/1").write_bytes(b"half")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_bounded_by_one_array_not_by_the_checkpoint(
     tmp_path: Path, rng: np.random.Generator
