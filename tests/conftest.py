@@ -15,6 +15,7 @@ import pytest
 import bailing_jax  # noqa: F401  (imported for its effect, see above)
 
 # isort: split
+import compiling
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -102,6 +103,7 @@ def _programs_compile_once(
     unoptimised = request.node.get_closest_marker("unoptimised") is not None
     with pytest.MonkeyPatch.context() as patch:
         if unoptimised:
+            compiling.leave_out_fusion_emitters(patch)
             patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # in commands too
         _compile_so(None if afresh else str(programs_of_the_run), 0.1, unoptimised or before[2])
         yield

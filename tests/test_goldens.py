@@ -27,10 +27,10 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def llm(name: str) -> LLM:
-    # Two sizes of prefill to compile, and prompts of one step, of a whole number of them and of a
+    # One size of prefill to compile, and prompts of one step, of a whole number of them and of a
     # rest.
     return LLM(
-        GOLDEN / name, dtype="float32", max_num_seqs=2, prefill_chunk=65, hf_overrides=OVERRIDES
+        GOLDEN / name, dtype="float32", max_num_seqs=2, prefill_chunk=64, hf_overrides=OVERRIDES
     )
 
 

@@ -10,6 +10,8 @@ from driver import Driver, Request, Sizes
 from goldens import GOLDEN, LINEAR, OVERRIDES, golden
 from tolerances import TOLERANCES
 
+pytestmark = pytest.mark.unoptimised
+
 SIZES = Sizes(num_decode=2, num_prefill=24, num_segments=3, num_slots=7, page_size=8)
 
 

@@ -11,6 +11,8 @@ import pytest
 import soak
 from tiny_models import LINEAR, greedy, is_idle, linear_llm, tiny_llm
 
+pytestmark = pytest.mark.unoptimised
+
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "soak.py"
 
 

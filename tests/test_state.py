@@ -17,6 +17,8 @@ from bailing_jax.engine.slots import SlotLedger
 from bailing_jax.layer_plan import layer_plan
 from bailing_jax.state import DecodeState, StateSpec, allocate, leaf_shapes, state_bytes
 
+pytestmark = pytest.mark.unoptimised
+
 SPEC = StateSpec(num_slots=5, num_pages=7, page_dtype="bfloat16", page_size=4)
 
 

@@ -10,6 +10,7 @@ mode; agreement is evidence, not proof.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,13 +87,41 @@ def find_difference(
         x, state, _ = merged(state, layout)
         return merged.logits(x[layout.logit_rows]), state
 
-    run = jax.jit(step, donate_argnums=1)
-    for rows in prefill_rows(limits):
-        check = _Check(lambda state, layout: run(params, state, layout), config, limits, spec, rows)
-        problem = check.compare()
+    jitted = jax.jit(step, donate_argnums=1)
+    checks = [_Check(config, limits, spec, rows) for rows in prefill_rows(limits)]
+    shapes = DecodeState(leaf_shapes(config, checks[0].spec))
+    sizes = [0, *prefill_rows(limits)]
+
+    def compiled(rows: int) -> jax.stages.Compiled:
+        return jitted.lower(params, shapes, _layout(limits, [], [], rows)).compile()
+
+    # Compiling is nearly all the time this takes, and most of it leaves Python to others.
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        programs = dict(zip(sizes, pool.map(compiled, sizes), strict=True))
+
+    def run(state: DecodeState, layout: BatchLayout) -> tuple[jax.Array, DecodeState]:
+        return programs[layout.num_prefill](params, state, layout)
+
+    for check in checks:
+        problem = check.compare(run)
         if problem is not None:
             return problem
     return None
+
+
+def _layout(
+    limits: EngineLimits, decodes: Sequence[Row], segments: Sequence[Row], rows: int
+) -> BatchLayout:
+    """A prefill call of so many rows, or with 0 a decode call."""
+    return pack(
+        decodes,
+        segments,
+        num_decode=0 if rows else limits.max_num_seqs,
+        num_prefill=rows,
+        num_segments=max_segments(limits) if rows else 0,
+        page_size=limits.page_size,
+        pages_a_sequence=limits.pages_a_sequence,
+    )
 
 
 class _Check:
@@ -102,14 +131,9 @@ class _Check:
     """
 
     def __init__(
-        self,
-        run: RunStep,
-        config: ModelConfig,
-        limits: EngineLimits,
-        spec: StateSpec,
-        rows: int,
+        self, config: ModelConfig, limits: EngineLimits, spec: StateSpec, rows: int
     ) -> None:
-        self.run, self.limits, self.config = run, limits, config
+        self.limits, self.config = limits, config
         self.recurrent = [layer.attention == "lightning" for layer in layer_plan(config)]
         room = limits.max_model_len - _DECODE_STEPS
         self.rows = rows
@@ -121,8 +145,9 @@ class _Check:
         num_seqs = limits.max_num_seqs
         self.spec = replace(spec, num_slots=num_seqs + 1, num_pages=num_seqs * self.pages_each + 1)
 
-    def compare(self) -> str | None:
+    def compare(self, run: RunStep) -> str | None:
         """The first thing that differs, or None."""
+        self.run = run
         tokens = self._tokens(0, self.num_prompt)
         alone = _Run(tokens, self.num_prompt, 1, list(range(1, 1 + self.pages_each)))
         self._play(alone, [])
@@ -190,15 +215,11 @@ class _Check:
     def _step(
         self, decodes: Sequence[_Run], segments: Sequence[tuple[_Run, int]], rows: int
     ) -> np.ndarray:
-        limits = self.limits
-        layout = pack(
+        layout = _layout(
+            self.limits,
             [run.row(1) for run in decodes],
             [run.row(count) for run, count in segments],
-            num_decode=limits.max_num_seqs if decodes else 0,
-            num_prefill=rows,
-            num_segments=0 if decodes else max_segments(limits),
-            page_size=limits.page_size,
-            pages_a_sequence=limits.pages_a_sequence,
+            rows,
         )
         logits, self.state = self.run(self.state, layout)
         for run, count in [*((run, 1) for run in decodes), *segments]:

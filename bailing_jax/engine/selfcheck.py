@@ -18,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bailing_jax import runtime, small_model
-from bailing_jax.checkpoint.random_weights import random_model
 from bailing_jax.config import ModelConfig
-from bailing_jax.engine import check_operators, exact_check
+from bailing_jax.engine import check_operators
 from bailing_jax.engine.check_operators import CheckFailed
-from bailing_jax.engine.engine import EngineLimits
+from bailing_jax.engine.limits import EngineLimits
 from bailing_jax.layer_plan import decay_table
 from bailing_jax.layers.options import RuntimeOptions
 
@@ -138,7 +137,7 @@ def _index_cases(x: np.ndarray) -> Iterator[tuple[str, jax.Array, np.ndarray]]:
         "sorting is stable": np.array([3, 1, 4, 0, 2]),
         "of equal scores the first is taken": np.array([0, 2, 1]),
     }
-    found = _indexed(jnp.asarray(x))
+    found = _indexed(x)
     return ((name, found[name], want[name]) for name in want)
 
 
@@ -149,12 +148,16 @@ def decays() -> None:
     want = -np.outer(factors, slopes)
     if table.shape != want.shape or not np.allclose(table, want, rtol=2e-7, atol=0):
         raise CheckFailed(f"got {table.tolist()}, want {want.tolist()}")
-    on_device = np.asarray(jax.jit(jnp.exp)(jnp.asarray(table)))
+    on_device = np.asarray(jax.jit(jnp.exp)(table))
     check_operators.close("exp on the device", on_device, np.exp(want))
 
 
 def exact_mode() -> None:
     """A tiny model's request alone and in company, in the dtype that is usual here."""
+    # Flax and the model take a second to import, in which the other checks compile already.
+    from bailing_jax.checkpoint.random_weights import random_model
+    from bailing_jax.engine import exact_check
+
     dtype = "float32" if runtime.platform() == "cpu" else "bfloat16"
     config = _tiny_config()
     model = random_model(config, RuntimeOptions(dtype=dtype, exact=True), seed=0)

@@ -19,7 +19,7 @@ from bailing_jax.engine.sizes import (
 )
 from bailing_jax.engine.warming import compile_all
 
-pytestmark = pytest.mark.compiles
+pytestmark = [pytest.mark.compiles, pytest.mark.unoptimised]
 
 
 def limits(num_seqs: int, chunk: int) -> EngineLimits:

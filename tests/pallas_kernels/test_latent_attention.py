@@ -10,6 +10,8 @@ from paged_laws import IMPLEMENTATIONS, PagedLaws
 
 from pallas_kernels import latent_attention
 
+pytestmark = pytest.mark.unoptimised
+
 # Heads, latent rank, roped channels.
 N, R, P = 3, 7, 5
 SCALE = 0.37

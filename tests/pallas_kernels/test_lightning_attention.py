@@ -30,6 +30,8 @@ from lightning_cases import (
 
 from pallas_kernels import lightning_decode, lightning_prefill
 
+pytestmark = pytest.mark.unoptimised
+
 DTYPES = ("float32", "bfloat16")
 # The shape most tests share, so that it compiles once.
 SHARED = {"num_segments": 8, "chunk_size": 4}

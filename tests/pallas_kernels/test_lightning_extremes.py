@@ -10,6 +10,8 @@ from lightning_cases import IMPLEMENTATIONS, SCALE, interpreted
 
 from pallas_kernels import lightning_decode, lightning_prefill
 
+pytestmark = pytest.mark.unoptimised
+
 # From a head that loses a millionth a token to one that is empty after each; across a chunk of 64
 # the last four would overflow as exp(-g t), and the last two underflow as exp(g).
 DECAYS = np.array([-(2.0**-20), -0.02, -1.4, -3.0, -40.0, -200.0], np.float32)

@@ -20,6 +20,8 @@ from pallas_kernels import compat, dispatch, testing
 from pallas_kernels.lightning_attention import tpu_blocks, tpu_decode, tpu_prefill
 from pallas_kernels.testing import LightningShape
 
+pytestmark = pytest.mark.unoptimised
+
 SCALE, CHUNK = 0.3, 16
 ROUNDING = {"float32": "lightning", "bfloat16": "bfloat16_rounding"}
 NULL_ROWS = (1, 4)

@@ -11,6 +11,8 @@ from paged_laws import IMPLEMENTATIONS, PagedLaws
 
 from pallas_kernels import paged_attention
 
+pytestmark = pytest.mark.unoptimised
+
 # 6 query heads on 3 key heads: groups of 2, so that no transposed grouping passes.
 N, KH, H = 6, 3, 7
 SCALE = 0.37

@@ -23,6 +23,8 @@ from test_experts import spoil as spoil_rows
 from pallas_kernels import expert_mlp, latent_attention, lightning_prefill, paged_attention
 from pallas_kernels.tiles import put_rows, take_rows, tile_segments
 
+pytestmark = pytest.mark.unoptimised
+
 DTYPES = ("float32", "bfloat16")
 
 

@@ -7,8 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiling
+
 HERE = Path(__file__).parent
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    *compiling.FLAGS,
+)
 
 
 def test_laws_hold_on_eight_devices() -> None:
@@ -21,7 +28,7 @@ def test_laws_hold_on_eight_devices() -> None:
         cwd=HERE,
         env={
             **os.environ,
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}",
+            "XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]),
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
             "JAX_PLATFORMS": "cpu",
         },

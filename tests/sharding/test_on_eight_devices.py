@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiling
 import pytest
 
 HERE = Path(__file__).parent
@@ -19,6 +20,7 @@ FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    *compiling.FLAGS,
 )
 # Eight devices on a few busy cores take their time.
 OPTIONS = ("-p", "no:cacheprovider", "-o", "timeout=1800")
