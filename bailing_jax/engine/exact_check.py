@@ -77,7 +77,11 @@ def require_exact(loaded: LoadedModel) -> None:
 
 
 def find_difference(
-    model: BailingForCausalLM, config: ModelConfig, limits: EngineLimits, spec: StateSpec
+    model: BailingForCausalLM,
+    config: ModelConfig,
+    limits: EngineLimits,
+    spec: StateSpec,
+    compiler_options: dict[str, str | bool] | None = None,
 ) -> str | None:
     """What of a request differs in company at the engine's sizes; None where nothing does."""
     graphdef, params = nnx.split(model)
@@ -93,7 +97,8 @@ def find_difference(
     sizes = [0, *prefill_rows(limits)]
 
     def compiled(rows: int) -> jax.stages.Compiled:
-        return jitted.lower(params, shapes, _layout(limits, [], [], rows)).compile()
+        lowered = jitted.lower(params, shapes, _layout(limits, [], [], rows))
+        return lowered.compile(compiler_options)
 
     # Compiling is nearly all the time this takes, and most of it leaves Python to others.
     with ThreadPoolExecutor(len(sizes)) as pool:
