@@ -93,7 +93,8 @@ def find_difference(
 
     jitted = jax.jit(step, donate_argnums=1)
     checks = [_Check(config, limits, spec, rows) for rows in prefill_rows(limits)]
-    shapes = DecodeState(leaf_shapes(config, checks[0].spec))
+    leaves: Any = leaf_shapes(config, checks[0].spec)
+    shapes = DecodeState(leaves)
     sizes = [0, *prefill_rows(limits)]
 
     def compiled(rows: int) -> jax.stages.Compiled:
