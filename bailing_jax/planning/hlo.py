@@ -66,22 +66,27 @@ def state_copies(text: str) -> int:
     """How often a program in HLO text copies a whole argument that it updates in place.
 
     The compiler may keep a pool's buffer and yet lay it out anew before and after each update: such
-    copies are found by their size. Each is counted once, however often a loop runs it.
+    copies are found by their dtype and size. Each is counted once, however often a loop runs it.
     """
     aliases, arguments = _ALIASES.search(text), _ARGUMENTS.search(text)
     if aliases is None or arguments is None:
         return 0
-    sizes = list(_sizes(arguments[1]))
-    state = {sizes[int(inside or number)] for number, inside in _ALIASED.findall(aliases[1])}
-    return sum(sum(_sizes(copy["type"])) in state for copy in _COPY.finditer(text))
+    arrays = list(_arrays(arguments[1]))
+    state = {arrays[int(inside or number)] for number, inside in _ALIASED.findall(aliases[1])}
+    return sum(not state.isdisjoint(_arrays(copy["type"])) for copy in _COPY.finditer(text))
 
 
 def _sizes(text: str) -> Iterator[int]:
     """Bytes of every array in a type."""
+    return (size for _, size in _arrays(text))
+
+
+def _arrays(text: str) -> Iterator[tuple[str, int]]:
+    """Dtype and bytes of every array in a type."""
     for dtype, shape in _ARRAY.findall(text):
         digits = _BITS.search(dtype)
         bits = 8 if digits is None else int(digits[0])  # pred has none and takes a byte
-        yield math.prod(int(dim) for dim in shape.split(",") if dim) * bits // 8
+        yield dtype, math.prod(int(dim) for dim in shape.split(",") if dim) * bits // 8
 
 
 def _first_group(line: str) -> tuple[int, ...]:

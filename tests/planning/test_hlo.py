@@ -66,10 +66,11 @@ def program(*lines: str, aliases: str = "{1}: (2, {}, may-alias), {2}: (1, {}, m
         ("%copy.2 = s32[8]{0} copy(%tokens)", 0),
         ("%scatter = bf16[5,64,256]{2,1,0} fusion(%pages), calls=%fused", 0),
         ("%row = bf16[64,256]{1,0} copy(%page)", 0),
+        ("%weights = f8e4m3fn[9,256]{0,1} copy(%narrow)", 0),  # as many bytes as the slots
     ],
 )
 def test_copies_of_what_is_updated_in_place(line: str, count: int) -> None:
-    """Of another shape or layout, they are found by their size."""
+    """Of another shape or layout, they are found by their dtype and size."""
     assert state_copies(program(line)) == count
     assert state_copies(program(line, line, "%x = f32[] add(%a, %b)")) == 2 * count
 
