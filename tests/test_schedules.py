@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from schedules import CONFIGS, Bench, Wrong, make_schedule
+from slow import slow_but
 from test_founding_swap import swapped_places
 
 from bailing_jax.engine.engine import Engine
@@ -24,9 +25,8 @@ def run(bench: Bench, count: int) -> None:
         bench.run(make_schedule(rng, len(bench.pool), 30))
 
 
-# The quick run of the script has all of them, a hundred times as often.
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+# The quick run of the script has all architectures.
+@pytest.mark.parametrize("name", slow_but(["linear_v2"], CONFIGS))
 def test_r033_r082_whatever_happens_each_request_is_what_it_is_alone(name: str) -> None:
     """Exact mode, to the bit; normal mode is the script's."""
     bench = Bench(name, exact=True)

@@ -10,8 +10,8 @@ mode; agreement is evidence, not proof.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from bailing_jax.batch import BatchLayout, pack
 from bailing_jax.config import ModelConfig
 from bailing_jax.engine.engine import EngineLimits
 from bailing_jax.engine.sizes import max_segments, prefill_rows, prefill_size
+from bailing_jax.engine.warming import compile_all
 from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.layer_plan import layer_plan
 from bailing_jax.loading import LoadedModel
@@ -83,7 +84,10 @@ def find_difference(
     spec: StateSpec,
     compiler_options: dict[str, str | bool] | None = None,
 ) -> str | None:
-    """What of a request differs in company at the engine's sizes; None where nothing does."""
+    """What of a request differs in company at the engine's sizes; None where nothing does.
+
+    `compiler_options` are XLA's, for the programs compared; None is what the engine compiles with.
+    """
     graphdef, params = nnx.split(model)
 
     def step(params, state, layout):
@@ -95,15 +99,14 @@ def find_difference(
     checks = [_Check(config, limits, spec, rows) for rows in prefill_rows(limits)]
     leaves: Any = leaf_shapes(config, checks[0].spec)
     shapes = DecodeState(leaves)
-    sizes = [0, *prefill_rows(limits)]
+    programs: dict[int, jax.stages.Compiled] = {}
 
-    def compiled(rows: int) -> jax.stages.Compiled:
+    def compile_size(rows: int) -> None:
         lowered = jitted.lower(params, shapes, _layout(limits, [], [], rows))
-        return lowered.compile(compiler_options)
+        programs[rows] = lowered.compile(compiler_options)
 
-    # Compiling is nearly all the time this takes, and most of it leaves Python to others.
-    with ThreadPoolExecutor(len(sizes)) as pool:
-        programs = dict(zip(sizes, pool.map(compiled, sizes), strict=True))
+    sizes = (0, *prefill_rows(limits))
+    compile_all({str(rows): partial(compile_size, rows) for rows in sizes}, lambda _line: None)
 
     def run(state: DecodeState, layout: BatchLayout) -> tuple[jax.Array, DecodeState]:
         return programs[layout.num_prefill](params, state, layout)

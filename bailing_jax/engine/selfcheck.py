@@ -160,8 +160,8 @@ def exact_mode() -> None:
 
     on_cpu = runtime.platform() == "cpu"
     dtype = "float32" if on_cpu else "bfloat16"
-    # On a CPU LLVM's optimizer is half of the time that all checks take. What could tell a row by
-    # its company, the form, the library and the cut XLA takes for an operation, comes before it.
+    # On a CPU LLVM's optimizer is half of the time that all checks take. Without it this checks
+    # XLA's part, the form, library and cut it takes for an operation, and not how LLVM cuts loops.
     options: dict[str, str | bool] = {"xla_backend_optimization_level": "0"} if on_cpu else {}
     config = _tiny_config()
     model = random_model(config, RuntimeOptions(dtype=dtype, exact=True), seed=0)

@@ -170,9 +170,7 @@ def one_device() -> LLM:
         return LLM(written(Path(folder), "linear"), report=lambda _line: None, **SIZES)
 
 
-@pytest.mark.parametrize(
-    "mesh", ["data=2,expert=2,tensor=2", pytest.param("auto", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "auto"])
 def test_an_llm_on_a_mesh_answers_as_on_one_device(tmp_path: Path, mesh: str) -> None:
     lines: list[str] = []
     llm = LLM(written(tmp_path, "linear"), mesh=mesh, report=lines.append, **SIZES)
