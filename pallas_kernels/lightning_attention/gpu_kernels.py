@@ -33,8 +33,11 @@ from pallas_kernels.lightning_attention.gpu_work import (
     ALIGNED_ROWS,
     Cut,
     Work,
+    beside_cut,
     locate,
     piece_rows,
+    stored_start,
+    stored_sum,
 )
 
 plgpu = compat.mosaic_gpu()
@@ -64,12 +67,15 @@ class Place(NamedTuple):
     steps: Steps
 
 
-def find_place(plan: Plan, cut: Cut, tables: Tables) -> Place:
+def item_of(plan: Plan) -> jax.Array:
+    """The block's item; the blocks of one item are neighbours."""
+    return lax.axis_index("block") // (plan.parts * plan.heads)
+
+
+def find_place(plan: Plan, work: Work, tables: Tables) -> Place:
     """From the block's number; the parts of V that read the same q and k are neighbours."""
     block = lax.axis_index("block")
     part, head = block % plan.parts, block // plan.parts % plan.heads
-    item = block // (plan.parts * plan.heads)
-    work = locate(item, cut, tables.cu_seqlens, tables.slots)
     decay = jnp.maximum(tables.log_decay[head], _FASTEST)
     is_slow = -decay * (plan.chunk // 2) <= _MOST_EXPONENT
     stride = jnp.where(is_slow, plan.chunk, ALIGNED_ROWS)
@@ -115,16 +121,24 @@ def feed(plan: Plan, place: Place, sources, full, done) -> None:
 
 
 def sum_pieces(plan: Plan, cut: Cut, k_ref, v_ref, *refs, shared) -> None:
-    """Each piece's own k^T w from zero; for a segment's last piece, what it starts from instead."""
+    """For each cut the k^T w, from zero, of the piece that is walked towards it.
+
+    Behind them, in the place of a segment's first cut, what the segment starts from: its slot may
+    be written before all its pieces have begun.
+    """
     *tables, pool_ref, sums_ref = refs
     tables = Tables(*tables)
-    place = find_place(plan, cut, tables)
-    work, head, steps = place.work, place.head, place.steps
-    is_cut = (work.pieces > 1) & (work.slot != 0)
-    is_last = _is_last(plan, work)
+    item = item_of(plan)
+    window = 1 + item % cut.windows
+    work = beside_cut(window, cut, tables.cu_seqlens, tables.slots, behind=plan.reverse)
+    place = find_place(plan, work, tables)
+    head, steps = place.head, place.steps
+    is_cut = (work.end > work.begin) & (work.slot != 0)
+    adds = is_cut & (item < cut.windows)
+    enters = is_cut & (item >= cut.windows) & (work.piece == (1 if plan.reverse else 0))
 
     def feeder():
-        @pl.when(is_cut & ~is_last)
+        @pl.when(adds)
         def _():
             sources = [(lambda rows: k_ref.at[rows, head], shared["k"]),
                        (lambda rows: v_ref.at[rows, head, place.columns], shared["v"])]  # fmt: skip
@@ -132,7 +146,7 @@ def sum_pieces(plan: Plan, cut: Cut, k_ref, v_ref, *refs, shared) -> None:
 
     def compute(group):
         state_rows = pl.ds(group * plan.state_rows, plan.state_rows)
-        target = sums_ref.at[work.rank + work.piece, head, state_rows, place.columns]
+        target = sums_ref.at[item, head, state_rows, place.columns]
 
         def step(c, s):
             chunk = chunk_at(plan, place, c)
@@ -153,12 +167,12 @@ def sum_pieces(plan: Plan, cut: Cut, k_ref, v_ref, *refs, shared) -> None:
             plgpu.barrier_arrive(shared["done"].at[stage])
             return scale_state(steps, chunk.after, s)
 
-        @pl.when(is_cut & ~is_last)
+        @pl.when(adds)
         def _():
             s = lax.fori_loop(0, steps.count, step, _no_state(plan))
             compat.store_from_registers(target, s)
 
-        @pl.when(is_cut & is_last)
+        @pl.when(enters)
         def _():
             slot_state = pool_ref.at[work.slot, head, state_rows, place.columns]
             s = _enter(plan, tables.is_fresh[work.segment], slot_state)
@@ -170,9 +184,10 @@ def sum_pieces(plan: Plan, cut: Cut, k_ref, v_ref, *refs, shared) -> None:
 def fold_segments(plan: Plan, cut: Cut, q_ref, k_ref, v_ref, *refs, shared) -> None:
     """Outputs of every row, and each segment's state from its slot to its slot."""
     tables, (pool_ref, o_ref) = Tables(*refs[:4]), refs[-2:]
-    sums_ref: Any = refs[4] if cut.span else None
-    place = find_place(plan, cut, tables)
-    work, head, steps = place.work, place.head, place.steps
+    sums_ref: Any = refs[4] if cut.windows else None
+    work = locate(item_of(plan), cut, tables.cu_seqlens, tables.slots)
+    place = find_place(plan, work, tables)
+    head, steps = place.head, place.steps
     o_part = o_ref.at[:, head, place.columns]
     has_rows = work.end > work.begin
     runs = has_rows & (work.slot != 0)
@@ -248,17 +263,14 @@ def _sum_before(plan: Plan, cut: Cut, place: Place, sums_ref) -> jax.Array:
     """The state a piece starts from: the segment's own, and what the pieces before it add."""
     work = place.work
 
-    def sum_of(piece):
-        return _load_state(plan, sums_ref.at[work.rank + piece])
-
     def then(step, s):
         piece = work.pieces - 1 - step if plan.reverse else step
         _, begin, end = piece_rows(cut, work.first_row, work.last_row, piece)
-        return scale_state(place.steps, end - begin, s) + sum_of(piece)
+        added = _load_state(plan, sums_ref.at[stored_sum(work, piece, plan.reverse)])
+        return scale_state(place.steps, end - begin, s) + added
 
-    last = 0 if plan.reverse else work.pieces - 1
     before = work.pieces - 1 - work.piece if plan.reverse else work.piece
-    return lax.fori_loop(0, before, then, sum_of(last))
+    return lax.fori_loop(0, before, then, _load_state(plan, sums_ref.at[stored_start(cut, work)]))
 
 
 def _is_last(plan: Plan, work: Work) -> jax.Array:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from pallas_kernels import compat
 from pallas_kernels.lightning_attention.gpu_chunks import COLUMNS, ROWS, Plan
 from pallas_kernels.lightning_attention.gpu_kernels import fold_segments, sum_pieces
-from pallas_kernels.lightning_attention.gpu_work import ALIGNED_ROWS, Cut, Segments, cut
+from pallas_kernels.lightning_attention.gpu_work import ALIGNED_ROWS, Segments, cut
 
 plgpu = compat.mosaic_gpu()
 
@@ -106,25 +106,25 @@ def run(
     work = cut(rows + missing, num_segments, heads * plan.parts, plan.chunk, blocks)
     pool = jax.new_ref(state)
     sums = ()
-    if work.span:
-        shape = jax.ShapeDtypeStruct((work.summed, *state.shape[1:]), jnp.float32)
+    if work.windows:
+        shape = jax.ShapeDtypeStruct((work.stored, *state.shape[1:]), jnp.float32)
 
         def lightning_prefill_sums(*refs, **shared):
             sum_pieces(plan, work, *refs, shared=shared)
 
-        summing = _kernel(lightning_prefill_sums, plan, work, shape, q=False)
+        summing = _kernel(lightning_prefill_sums, plan, work.stored, shape, q=False)
         sums = (summing(k, v, log_decay, *segments, pool),)
 
     def lightning_prefill_fold(*refs, **shared):
         fold_segments(plan, work, *refs, shared=shared)
 
     shape = jax.ShapeDtypeStruct(v.shape, v.dtype)
-    folding = _kernel(lightning_prefill_fold, plan, work, shape, q=True)
+    folding = _kernel(lightning_prefill_fold, plan, work.items, shape, q=True)
     o = folding(q, k, v, log_decay, *segments, *sums, pool)
     return o[:rows], jax.freeze(pool)
 
 
-def _kernel(body, plan: Plan, work: Cut, out_type: jax.ShapeDtypeStruct, *, q: bool):
+def _kernel(body, plan: Plan, items: int, out_type: jax.ShapeDtypeStruct, *, q: bool):
     """`body(*refs, **shared)` over all items, heads and parts of V; `q`: with outputs of rows."""
     chunk, stages = plan.chunk, plan.stages
     for_wgmma = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -148,7 +148,7 @@ def _kernel(body, plan: Plan, work: Cut, out_type: jax.ShapeDtypeStruct, *, q: b
         body,
         out_type=out_type,
         scratch_types=shared,
-        grid=(work.items * plan.heads * plan.parts,),
+        grid=(items * plan.heads * plan.parts,),
         grid_names=("block",),
         num_threads=plan.groups + 1,
         thread_name="group",

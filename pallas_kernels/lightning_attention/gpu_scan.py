@@ -27,7 +27,17 @@ from pallas_kernels.lightning_attention.gpu_decode import (
     register_layout,
     state_tile,
 )
-from pallas_kernels.lightning_attention.gpu_work import Cut, Segments, Work, cut, locate, piece_rows
+from pallas_kernels.lightning_attention.gpu_work import (
+    Cut,
+    Segments,
+    Work,
+    beside_cut,
+    cut,
+    locate,
+    piece_rows,
+    stored_start,
+    stored_sum,
+)
 
 plgpu = compat.mosaic_gpu()
 
@@ -94,24 +104,26 @@ def run(
     plan = Plan(tile, work, heads, key_dim, parts, min(_ROWS, rows))
     pool = jax.new_ref(state)
     sums = ()
-    if work.span:
+    if work.windows:
 
         def lightning_prefill_scan_sums(*refs, **shared):
             sum_pieces(plan, *refs, shared=shared)
 
-        shape = jax.ShapeDtypeStruct((work.summed, *state.shape[1:]), jnp.float32)
-        summing = _kernel(lightning_prefill_scan_sums, plan, shape, {"k": k, "v": v})
+        shape = jax.ShapeDtypeStruct((work.stored, *state.shape[1:]), jnp.float32)
+        summing = _kernel(lightning_prefill_scan_sums, plan, work.stored, shape, {"k": k, "v": v})
         sums = (summing(k, v, log_decay, *segments, pool),)
 
     def lightning_prefill_scan(*refs, **shared):
         fold_segments(plan, scale, *refs, shared=shared)
 
     shape = jax.ShapeDtypeStruct(v.shape, v.dtype)
-    folding = _kernel(lightning_prefill_scan, plan, shape, {"q": q, "k": k, "v": v})
+    folding = _kernel(lightning_prefill_scan, plan, work.items, shape, {"q": q, "k": k, "v": v})
     return folding(q, k, v, log_decay, *segments, *sums, pool), jax.freeze(pool)
 
 
-def _kernel(body, plan: Plan, out_type: jax.ShapeDtypeStruct, rows: dict[str, jax.Array]):
+def _kernel(
+    body, plan: Plan, items: int, out_type: jax.ShapeDtypeStruct, rows: dict[str, jax.Array]
+):
     """`body(*refs, **shared)` over all items, heads and parts of V; `rows` pass shared memory."""
     shared: dict[str, Any] = {}
     for name, array in rows.items():
@@ -122,7 +134,7 @@ def _kernel(body, plan: Plan, out_type: jax.ShapeDtypeStruct, rows: dict[str, ja
         body,
         out_type=out_type,
         scratch_types=shared,
-        grid=(plan.cut.items * plan.heads * plan.parts,),
+        grid=(items * plan.heads * plan.parts,),
         grid_names=("block",),
     )
 
@@ -130,19 +142,24 @@ def _kernel(body, plan: Plan, out_type: jax.ShapeDtypeStruct, rows: dict[str, ja
 def sum_pieces(
     plan: Plan, k_ref, v_ref, g_ref, slots_ref, cu_ref, fresh_ref, pool_ref, sums_ref, *, shared
 ) -> None:
-    """Each piece's own fold from zero; for a segment's last piece, what it starts from instead."""
-    place = _find_place(plan, g_ref, slots_ref, cu_ref)
-    work = place.work
-    is_cut = (work.pieces > 1) & (work.slot != 0)
-    is_last = work.piece == work.pieces - 1
-    target = sums_ref.at[work.rank + work.piece, place.head, :, place.columns]
+    """For each cut the fold from zero of the piece before it.
 
-    @pl.when(is_cut & ~is_last)
+    Behind them, in the place of a segment's first cut, what the segment starts from: its slot may
+    be written before all its pieces have begun.
+    """
+    cut = plan.cut
+    item = _item_of(plan)
+    work = beside_cut(1 + item % cut.windows, cut, cu_ref, slots_ref, behind=False)
+    place = _find_place(plan, work, g_ref)
+    is_cut = (work.end > work.begin) & (work.slot != 0)
+    target = sums_ref.at[item, place.head, :, place.columns]
+
+    @pl.when(is_cut & (item < cut.windows))
     def _():
         sources = {"k": k_ref, "v": v_ref}
         compat.store_from_registers(target, _fold(plan, place, sources, shared, _no_state(plan)))
 
-    @pl.when(is_cut & is_last)
+    @pl.when(is_cut & (item >= cut.windows) & (work.piece == 0))
     def _():
         slot_state = pool_ref.at[work.slot, place.head, :, place.columns]
         compat.store_from_registers(target, _enter(plan, fresh_ref[work.segment], slot_state))
@@ -153,8 +170,8 @@ def fold_segments(
 ) -> None:
     """Outputs of every row, and each segment's state from its slot to its slot."""
     *sums, pool_ref, o_ref = refs
-    place = _find_place(plan, g_ref, slots_ref, cu_ref)
-    work = place.work
+    work = locate(_item_of(plan), plan.cut, cu_ref, slots_ref)
+    place = _find_place(plan, work, g_ref)
     slot_state = pool_ref.at[work.slot, place.head, :, place.columns]
 
     def put(row, o):
@@ -187,10 +204,13 @@ def fold_segments(
             put(row, plgpu.layout_cast(nothing, register_layout(plan.tile).reduce(0)))
 
 
-def _find_place(plan: Plan, g_ref, slots_ref, cu_ref) -> Place:
+def _item_of(plan: Plan) -> jax.Array:
+    return lax.axis_index("block") // (plan.parts * plan.heads)
+
+
+def _find_place(plan: Plan, work: Work, g_ref) -> Place:
     block = lax.axis_index("block")
     part, head = block % plan.parts, block // plan.parts % plan.heads
-    work = locate(block // (plan.parts * plan.heads), plan.cut, cu_ref, slots_ref)
     return Place(work, head, pl.ds(part * plan.tile.columns, plan.tile.columns), g_ref[head])
 
 
@@ -249,9 +269,10 @@ def _sum_before(plan: Plan, place: Place, sums_ref) -> jax.Array:
     def then(piece, s):
         _, begin, end = piece_rows(plan.cut, work.first_row, work.last_row, piece)
         forgotten = expm1(place.log_decay * (end - begin).astype(jnp.float32))
-        return s + forgotten * s + _load_state(plan, sums_ref.at[work.rank + piece])
+        added = _load_state(plan, sums_ref.at[stored_sum(work, piece, reverse=False)])
+        return s + forgotten * s + added
 
-    start = _load_state(plan, sums_ref.at[work.rank + work.pieces - 1])
+    start = _load_state(plan, sums_ref.at[stored_start(plan.cut, work)])
     return lax.fori_loop(0, work.piece, then, start)
 
 

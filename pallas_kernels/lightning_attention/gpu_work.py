@@ -4,6 +4,12 @@ A piece is a sequence of its own that starts from a state the pieces before it s
 segment fills the GPU even alone. Rows of no segment and of NULL segments are work too: they become
 zeros. Pieces start at multiples of 8 rows (a rule of the copy engine), so the first and the last
 chunk of a segment may hold rows of its neighbours.
+
+Which blocks there are is fixed before lengths are known. The packed rows are divided in windows of
+`span` rows. A segment is cut `span` rows after its base (its first row, rounded down to 8), and
+again every `span` rows: so at most one cut falls into a window, and it belongs to the segment of
+the row before the window. A block finds the cut of its window by bisecting cu_seqlens, and what is
+stored for a cut has the number of its window.
 """
 
 from __future__ import annotations
@@ -15,11 +21,6 @@ import jax.numpy as jnp
 from jax import lax
 
 ALIGNED_ROWS = 8
-# Each block of both kernels looks through all segments for its piece (about 4 us with 33). With
-# four or more that costs more than cutting saves, unless one of them is nearly all rows. Cut and
-# whole, us on an H200 with 16 heads, segments of one length: 4096 rows in 1 segment 41.2 and 80.2,
-# in 4 32.0 and 26.5, in 32 118.6 and 54.6; 8192 rows in 4 49.5 and 45.8, in 16 83.1 and 59.8.
-_MOST_CUT_SEGMENTS = 3
 
 
 class Segments(NamedTuple):
@@ -33,22 +34,31 @@ class Segments(NamedTuple):
 class Cut(NamedTuple):
     """How `rows` packed rows of `segments` are handed out; all static.
 
-    A segment is cut every `span` rows; span 0 leaves segments whole. `items` bounds the number of
-    pieces, `summed` that of pieces of segments of more than one.
+    Segments of more than 1.5 `span` rows are cut every `span` rows; none if `windows` is 0, else
+    windows 1 to `windows` may hold a cut.
     """
 
     rows: int
     segments: int
     span: int
-    items: int
-    summed: int
+    windows: int
+
+    @property
+    def items(self) -> int:
+        """Pieces behind a cut, first pieces, and the rows behind the last segment."""
+        return self.windows + self.segments + 1
+
+    @property
+    def stored(self) -> int:
+        """States beside the pool: of each window what a piece adds, and what a segment enters."""
+        return 2 * self.windows
 
 
 class Work(NamedTuple):
-    """One item: rows [begin, end) of a segment of rows [first_row, last_row); kernel scalars.
+    """Rows [begin, end) of a segment of rows [first_row, last_row); kernel scalars.
 
-    `start` is the aligned row of the first chunk. `piece` of `pieces`; `rank` is the place of the
-    segment's first piece among the summed ones.
+    `start` is the aligned row of the first chunk. `piece` of `pieces`; the segment is cut in the
+    windows after `window`.
     """
 
     slot: jax.Array
@@ -60,12 +70,12 @@ class Work(NamedTuple):
     end: jax.Array
     piece: jax.Array
     pieces: jax.Array
-    rank: jax.Array
+    window: jax.Array
 
 
 def whole(rows: int, segments: int) -> Cut:
     """Every segment in one piece."""
-    return Cut(rows, segments, 0, segments + 1, 0)
+    return Cut(rows, segments, max(rows, 1), 0)
 
 
 def cut(rows: int, segments: int, blocks_per_item: int, chunk: int, wanted_blocks: int) -> Cut:
@@ -74,56 +84,87 @@ def cut(rows: int, segments: int, blocks_per_item: int, chunk: int, wanted_block
     span = -(-span // chunk) * chunk
     # A piece costs reading its rows' keys and values twice: two chunks are not worth it.
     span = max(span, 4 * chunk)
-    if segments > _MOST_CUT_SEGMENTS or rows <= span:
+    if not _is_long(rows, span):
         return whole(rows, segments)
-    # A segment of n rows makes at most (n + 7) / span + 1 pieces, and at most twice the fraction
-    # if it makes more than one.
-    most = (rows + (ALIGNED_ROWS - 1) * (segments + 1)) // span
-    return Cut(rows, segments, span, most + segments + 1, 2 * most + 2)
+    return Cut(rows, segments, span, (rows - 1) // span)
 
 
 def piece_rows(cut: Cut, first_row, last_row, piece) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The aligned start of a piece, its first row and the row behind its last."""
-    base = first_row // ALIGNED_ROWS * ALIGNED_ROWS
-    if not cut.span:
-        return base, first_row, last_row
-    start = base + piece * cut.span
+    """The aligned start of a piece of a cut segment, its first row and the row behind its last."""
+    start = _base(first_row) + piece * cut.span
     return start, jnp.maximum(first_row, start), jnp.minimum(last_row, start + cut.span)
 
 
 def locate(item: jax.Array, cut: Cut, cu_ref, slots_ref) -> Work:
-    """The work of an item, read from the tables in the kernel; items beyond the last are empty."""
+    """The work of an item, the pieces behind a cut first: they are long."""
+    first_piece = item - cut.windows, jnp.int32(0)
+    if not cut.windows:
+        return _work(cut, cu_ref, slots_ref, *first_piece)
+    where = lax.cond(
+        item < cut.windows, lambda: _find_cut(item + 1, cut, cu_ref), lambda: first_piece
+    )
+    return _work(cut, cu_ref, slots_ref, *where)
 
-    def bounds(segment):
-        begin = cu_ref[segment]
-        end = cu_ref[jnp.minimum(segment + 1, cut.segments)]
-        return begin, jnp.where(segment == cut.segments, cut.rows, end)
 
-    def work(segment, piece, pieces, rank):
-        first_row, last_row = bounds(segment)
-        # The rows behind the last segment are a segment of nobody.
-        slot = slots_ref[jnp.minimum(segment, cut.segments - 1)]
-        slot = jnp.where(segment == cut.segments, 0, slot)
-        start, begin, end = piece_rows(cut, first_row, last_row, piece)
-        end = jnp.where(pieces > 0, end, begin)
-        return Work(
-            slot, segment, first_row, last_row, start, begin, end, piece, pieces, rank
-        )  # fmt: skip
+def beside_cut(window: jax.Array, cut: Cut, cu_ref, slots_ref, *, behind: bool) -> Work:
+    """The piece behind the cut in a window, or the one before it; no rows if there is no cut."""
+    segment, piece = _find_cut(window, cut, cu_ref)
+    return _work(cut, cu_ref, slots_ref, segment, piece, before=not behind)
 
-    zero = jnp.int32(0)
-    if not cut.span:
-        return work(item, zero, jnp.int32(1), zero)
 
-    def visit(segment, found):
-        before, summed, mine = found
-        begin, end = bounds(segment)
-        base = begin // ALIGNED_ROWS * ALIGNED_ROWS
-        pieces = jnp.where(end > begin, (end - base + cut.span - 1) // cut.span, 0)
-        is_mine = (item >= before) & (item < before + pieces)
-        here = (segment, item - before, pieces, summed)
-        mine = tuple(jnp.where(is_mine, new, old) for new, old in zip(here, mine, strict=True))
-        return before + pieces, summed + jnp.where(pieces > 1, pieces, 0), mine
+def stored_sum(work: Work, piece: jax.Array, reverse: bool) -> jax.Array:
+    """Where it is stored what a piece adds to the state: by the cut that it is walked towards."""
+    return work.window + piece - (1 if reverse else 0)
 
-    nothing = (zero, zero, zero, zero)
-    _, _, mine = lax.fori_loop(0, cut.segments + 1, visit, (zero, zero, nothing))
-    return work(*mine)
+
+def stored_start(cut: Cut, work: Work) -> jax.Array:
+    """Where it is stored what a cut segment starts from."""
+    return cut.windows + work.window
+
+
+def _work(cut: Cut, cu_ref, slots_ref, segment, piece, *, before: bool = False) -> Work:
+    """A piece of a segment, or the one before it; no rows if the segment has no such piece."""
+    first_row, last_row = _rows_of(segment, cut, cu_ref)
+    base = _base(first_row)
+    # The rows behind the last segment are a segment of nobody.
+    slot = slots_ref[jnp.minimum(segment, cut.segments - 1)]
+    slot = jnp.where(segment == cut.segments, 0, slot)
+    is_cut = _is_long(last_row - first_row, cut.span) if cut.windows else jnp.bool_(False)
+    pieces = jnp.where(is_cut, (last_row - base + cut.span - 1) // cut.span, 1)
+    exists = piece < pieces
+    piece = piece - 1 if before else piece
+    start, begin, end = piece_rows(cut, first_row, last_row, piece)
+    end = jnp.where(exists, jnp.where(is_cut, end, last_row), begin)
+    return Work(
+        slot, segment, first_row, last_row, start, begin, end, piece, pieces, base // cut.span
+    )  # fmt: skip
+
+
+def _find_cut(window: jax.Array, cut: Cut, cu_ref) -> tuple[jax.Array, jax.Array]:
+    """The segment of the row before a window, and its piece behind a cut in the window if any.
+
+    Who begins in the window is cut first in the next one.
+    """
+    row = window * cut.span - 1
+    low, high = jnp.int32(0), jnp.int32(cut.segments)
+    for _ in range(cut.segments.bit_length()):
+        middle = (low + high + 1) // 2
+        begins = cu_ref[middle] <= row
+        low, high = jnp.where(begins, middle, low), jnp.where(begins, high, middle - 1)
+    return low, window - _base(cu_ref[low]) // cut.span
+
+
+def _is_long(rows, span):
+    """Whether a segment is cut: two passes over parts of it, and the two kernels' starts, cost
+    about what folding half a span more does."""
+    return 2 * rows > 3 * span
+
+
+def _base(first_row):
+    return first_row // ALIGNED_ROWS * ALIGNED_ROWS
+
+
+def _rows_of(segment, cut: Cut, cu_ref) -> tuple[jax.Array, jax.Array]:
+    begin = cu_ref[segment]
+    end = cu_ref[jnp.minimum(segment + 1, cut.segments)]
+    return begin, jnp.where(segment == cut.segments, cut.rows, end)

@@ -87,9 +87,7 @@ def attention(kind, rng, dtype, lengths, width, mine, place):
             *(jnp.asarray(a) for a in (q, *keys_and_values(new, 2), pages)), **where
         )
     else:
-        o, _ = latent_attention(
-            *(jnp.asarray(a) for a in (q, new, pages)), value_dim=12, **where
-        )
+        o, _ = latent_attention(*(jnp.asarray(a) for a in (q, new, pages)), value_dim=12, **where)
     return np.asarray(o)[place]
 
 

@@ -31,11 +31,11 @@ def weighted(call, which, weights, **options):
 @MACHINES
 def test_gradients_are_those_of_train(rng, machine):
     """Of q, k, v and the pool: through fresh segments, empty ones and one that is cut."""
-    segments = [Segment(4, 300), Segment(3, 0), Segment(2, 70, True)]
+    segments = [Segment(4, 420), Segment(3, 0), Segment(2, 70, True)]
     call = Call.random(rng, segments, [-0.004], 64, 64)
     call.state = normal(rng, call.state.shape, "float32")
     weights = normal(rng, call.v.shape, "float32"), normal(rng, call.state.shape, "float32")
-    assert cut(len(call.q), len(segments), 1, 64, 2).span
+    assert cut(len(call.q), len(segments), 1, 64, 2).windows
     with on(machine):
         of_kernels = weighted(call, gpu_grad.lightning_prefill, weights, blocks=2)
         got = jax.jit(jax.grad(of_kernels, argnums=(0, 1, 2, 4)))(*call.arrays)
