@@ -178,9 +178,7 @@ def shard_map(run: Any, mesh: Any, in_specs: Any, out_specs: Any) -> Any:
 
     The check does not know loops around kernels, nor sums in a fixed order.
     """
-    return jax.shard_map(
-        run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
+    return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def target_platform() -> str:

@@ -123,19 +123,17 @@ def feed(plan: Plan, place: Place, sources, full, done) -> None:
 def sum_pieces(plan: Plan, cut: Cut, k_ref, v_ref, *refs, shared) -> None:
     """For each cut the k^T w, from zero, of the piece that is walked towards it.
 
-    Behind them, in the place of a segment's first cut, what the segment starts from: its slot may
-    be written before all its pieces have begun.
+    With a segment's first cut, what the segment starts from: its slot may be written before all
+    its pieces have begun.
     """
     *tables, pool_ref, sums_ref = refs
     tables = Tables(*tables)
     item = item_of(plan)
-    window = 1 + item % cut.windows
-    work = beside_cut(window, cut, tables.cu_seqlens, tables.slots, behind=plan.reverse)
+    work = beside_cut(item + 1, cut, tables.cu_seqlens, tables.slots, behind=plan.reverse)
     place = find_place(plan, work, tables)
     head, steps = place.head, place.steps
-    is_cut = (work.end > work.begin) & (work.slot != 0)
-    adds = is_cut & (item < cut.windows)
-    enters = is_cut & (item >= cut.windows) & (work.piece == (1 if plan.reverse else 0))
+    adds = (work.end > work.begin) & (work.slot != 0)
+    at_first_cut = work.piece == (1 if plan.reverse else 0)
 
     def feeder():
         @pl.when(adds)
@@ -146,7 +144,7 @@ def sum_pieces(plan: Plan, cut: Cut, k_ref, v_ref, *refs, shared) -> None:
 
     def compute(group):
         state_rows = pl.ds(group * plan.state_rows, plan.state_rows)
-        target = sums_ref.at[item, head, state_rows, place.columns]
+        sums_part = sums_ref.at[:, head, state_rows, place.columns]
 
         def step(c, s):
             chunk = chunk_at(plan, place, c)
@@ -167,16 +165,17 @@ def sum_pieces(plan: Plan, cut: Cut, k_ref, v_ref, *refs, shared) -> None:
             plgpu.barrier_arrive(shared["done"].at[stage])
             return scale_state(steps, chunk.after, s)
 
-        @pl.when(adds)
-        def _():
-            s = lax.fori_loop(0, steps.count, step, _no_state(plan))
-            compat.store_from_registers(target, s)
-
-        @pl.when(enters)
+        @pl.when(adds & at_first_cut)
         def _():
             slot_state = pool_ref.at[work.slot, head, state_rows, place.columns]
             s = _enter(plan, tables.is_fresh[work.segment], slot_state)
-            compat.store_from_registers(target, s)
+            compat.store_from_registers(sums_part.at[stored_start(cut, work)], s)
+
+        @pl.when(adds)
+        def _():
+            s = lax.fori_loop(0, steps.count, step, _no_state(plan))
+            sum_place = stored_sum(work, work.piece, plan.reverse)
+            compat.store_from_registers(sums_part.at[sum_place], s)
 
     in_roles(plan, feeder, compute)
 
@@ -254,7 +253,7 @@ def fold_segments(plan: Plan, cut: Cut, q_ref, k_ref, v_ref, *refs, shared) -> N
             def _(c):
                 store_rows(chunk_at(plan, place, c), group, shared["o"], o_part)
 
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     in_roles(plan, feeder, compute)
 

@@ -112,7 +112,7 @@ def run(
         def lightning_prefill_sums(*refs, **shared):
             sum_pieces(plan, work, *refs, shared=shared)
 
-        summing = _kernel(lightning_prefill_sums, plan, work.stored, shape, q=False)
+        summing = _kernel(lightning_prefill_sums, plan, work.windows, shape, q=False)
         sums = (summing(k, v, log_decay, *segments, pool),)
 
     def lightning_prefill_fold(*refs, **shared):

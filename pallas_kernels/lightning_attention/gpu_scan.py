@@ -110,7 +110,7 @@ def run(
             sum_pieces(plan, *refs, shared=shared)
 
         shape = jax.ShapeDtypeStruct((work.stored, *state.shape[1:]), jnp.float32)
-        summing = _kernel(lightning_prefill_scan_sums, plan, work.stored, shape, {"k": k, "v": v})
+        summing = _kernel(lightning_prefill_scan_sums, plan, work.windows, shape, {"k": k, "v": v})
         sums = (summing(k, v, log_decay, *segments, pool),)
 
     def lightning_prefill_scan(*refs, **shared):
@@ -144,25 +144,24 @@ def sum_pieces(
 ) -> None:
     """For each cut the fold from zero of the piece before it.
 
-    Behind them, in the place of a segment's first cut, what the segment starts from: its slot may
-    be written before all its pieces have begun.
+    With a segment's first cut, what the segment starts from: its slot may be written before all
+    its pieces have begun.
     """
-    cut = plan.cut
-    item = _item_of(plan)
-    work = beside_cut(1 + item % cut.windows, cut, cu_ref, slots_ref, behind=False)
+    work = beside_cut(_item_of(plan) + 1, plan.cut, cu_ref, slots_ref, behind=False)
     place = _find_place(plan, work, g_ref)
-    is_cut = (work.end > work.begin) & (work.slot != 0)
-    target = sums_ref.at[item, place.head, :, place.columns]
+    adds = (work.end > work.begin) & (work.slot != 0)
+    sums_part = sums_ref.at[:, place.head, :, place.columns]
 
-    @pl.when(is_cut & (item < cut.windows))
-    def _():
-        sources = {"k": k_ref, "v": v_ref}
-        compat.store_from_registers(target, _fold(plan, place, sources, shared, _no_state(plan)))
-
-    @pl.when(is_cut & (item >= cut.windows) & (work.piece == 0))
+    @pl.when(adds & (work.piece == 0))
     def _():
         slot_state = pool_ref.at[work.slot, place.head, :, place.columns]
-        compat.store_from_registers(target, _enter(plan, fresh_ref[work.segment], slot_state))
+        s = _enter(plan, fresh_ref[work.segment], slot_state)
+        compat.store_from_registers(sums_part.at[stored_start(plan.cut, work)], s)
+
+    @pl.when(adds)
+    def _():
+        s = _fold(plan, place, {"k": k_ref, "v": v_ref}, shared, _no_state(plan))
+        compat.store_from_registers(sums_part.at[stored_sum(work, work.piece, reverse=False)], s)
 
 
 def fold_segments(

@@ -8,8 +8,8 @@ chunk of a segment may hold rows of its neighbours.
 Which blocks there are is fixed before lengths are known. The packed rows are divided in windows of
 `span` rows. A segment is cut `span` rows after its base (its first row, rounded down to 8), and
 again every `span` rows: so at most one cut falls into a window, and it belongs to the segment of
-the row before the window. A block finds the cut of its window by bisecting cu_seqlens, and what is
-stored for a cut has the number of its window.
+the row before the window. A block finds the cut of its window by a search in cu_seqlens, and what
+is stored for a cut has the number of its window.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 ALIGNED_ROWS = 8
+# Entries of cu_seqlens a block looks at together, one less: they do not wait for each other.
+_FAN = 16
 
 
 class Segments(NamedTuple):
@@ -146,12 +148,19 @@ def _find_cut(window: jax.Array, cut: Cut, cu_ref) -> tuple[jax.Array, jax.Array
     Who begins in the window is cut first in the next one.
     """
     row = window * cut.span - 1
-    low, high = jnp.int32(0), jnp.int32(cut.segments)
-    for _ in range(cut.segments.bit_length()):
-        middle = (low + high + 1) // 2
-        begins = cu_ref[middle] <= row
-        low, high = jnp.where(begins, middle, low), jnp.where(begins, high, middle - 1)
-    return low, window - _base(cu_ref[low]) // cut.span
+    segment = jnp.int32(0)
+    stride = 1
+    while stride * _FAN <= cut.segments:
+        stride *= _FAN
+    while stride:
+        steps = jnp.int32(0)
+        for i in range(1, min(_FAN - 1, cut.segments // stride) + 1):
+            candidate = segment + i * stride
+            begins = cu_ref[jnp.minimum(candidate, cut.segments)] <= row
+            steps += jnp.where(begins & (candidate <= cut.segments), 1, 0)
+        segment += steps * stride
+        stride //= _FAN
+    return segment, window - _base(cu_ref[segment]) // cut.span
 
 
 def _is_long(rows, span):

@@ -43,4 +43,3 @@ def lightning_decode(q, k, v, log_decay, state, *, slots, scale):
         q, k, v, log_decay, state, slots=slots, cu_seqlens=jnp.arange(batch + 1),
         is_fresh=jnp.zeros(batch, bool), scale=scale,
     )  # fmt: skip
-
