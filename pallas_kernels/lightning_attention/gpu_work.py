@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 ALIGNED_ROWS = 8
-# Entries of cu_seqlens a block looks at together, one less: they do not wait for each other.
+# A block looks at one entry of cu_seqlens fewer at a time: they do not wait for each other.
 _FAN = 16
 
 
