@@ -61,6 +61,15 @@ class Lightning:
     qkv_bias: bool
     output_bias: bool
 
+    @property
+    def state_width(self) -> int:
+        """Columns a TPU's slots hold of a head's state: V, and zeros up to whole lanes.
+
+        As of `Mla.page_width`: with other columns XLA puts K or the slots along the lanes, which
+        the kernels can't read.
+        """
+        return -(-self.head_dim // _LANES) * _LANES
+
 
 @dataclass(frozen=True)
 class Gqa:

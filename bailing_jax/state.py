@@ -1,7 +1,8 @@
 """DecodeState: what the model remembers between steps, one leaf a layer.
 
-A lightning layer keeps a recurrent state a slot, [slots, N, K, V]; a softmax layer keeps pages,
-[pages, page_size, Kh * 2 * H] (GQA) or [pages, page_size, r + p] (MLA; `Mla.page_width` on a TPU).
+A lightning layer keeps a recurrent state a slot, [slots, N, K, V] (`Lightning.state_width` columns
+on a TPU); a softmax layer keeps pages, [pages, page_size, Kh * 2 * H] (GQA) or
+[pages, page_size, r + p] (MLA; `Mla.page_width` on a TPU).
 Slot 0 and page 0 are NULL: zero, never handed out. The state enters and leaves the jitted step
 donated. Who owns which slot or page is the engine's business and is not in here.
 """
@@ -43,7 +44,8 @@ class StateSpec:
         page_dtype: of keys, values and latents (the model's dtype).
         state_dtype: of the recurrent state: float32 or bfloat16.
         page_size: tokens a page.
-        whole_lanes: latents are kept with zeros behind them, `Mla.page_width`: on a TPU.
+        whole_lanes: latents and states are kept with zeros behind them, `Mla.page_width` and
+            `Lightning.state_width`: on a TPU.
     """
 
     num_slots: int
@@ -78,7 +80,8 @@ def built_in_leaf(kind: str, config: ModelConfig, spec: StateSpec) -> jax.ShapeD
     """Shape and dtype of what the built-in layer of an attention kind keeps."""
     pages = (spec.num_pages, spec.page_size)
     if kind == "lightning" and (att := config.lightning) is not None:
-        shape = (spec.num_slots, att.num_heads, att.head_dim, att.head_dim)
+        width = att.state_width if spec.whole_lanes else att.head_dim
+        shape = (spec.num_slots, att.num_heads, att.head_dim, width)
         return jax.ShapeDtypeStruct(shape, jnp.dtype(spec.state_dtype))
     if kind == "gqa" and (att := config.gqa) is not None:
         shape = (*pages, att.num_kv_heads * 2 * att.head_dim)

@@ -54,6 +54,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bailing_jax.planning import hlo
 from pallas_kernels import testing
 from pallas_kernels.lightning_attention import tpu_blocks, tpu_decode, tpu_prefill
 from pallas_kernels.testing import LightningShape
@@ -226,11 +227,13 @@ def steps(chip: str, names: Collection[str]) -> dict[str, Any]:
         for name in names:
             begun = time.perf_counter()
             compiled = traced[name].lower().compile()
-            calls = re.findall(r"%(lightning_\w+?)(?:\.\d+)* = .*custom-call", compiled.as_text())
+            text = compiled.as_text()
+            calls = re.findall(r"%(lightning_\w+?)(?:\.\d+)* = .*custom-call", text)
             found[name] = {
                 "compile_s": round(time.perf_counter() - begun, 1),
                 "kernels": {kernel: calls.count(kernel) for kernel in sorted(set(calls))},
                 "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+                "state_copies": hlo.state_copies(text),
             }
     return found
 
@@ -287,6 +290,12 @@ def check(quick: bool, with_bundles: bool) -> dict[str, Any]:
         for chip, found in model.items()
         for name, step in found.items()
         if set(step["kernels"]) != MODEL_STEPS[name]
+    ]
+    limits += [
+        f"{chip}: the small model's {name} step copies a pool at {step['state_copies']} places"
+        for chip, found in model.items()
+        for name, step in found.items()
+        if step["state_copies"]
     ]
     limits += uneven(rows)
     return {"versions": versions, "calls": rows, "small_model": model, "broken": limits}

@@ -63,7 +63,17 @@ def test_what_pages_keep_of_a_token_is_one_axis() -> None:
         assert shapes == {(7, 4, width)}
 
 
-def test_zeros_behind_latents_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_slots_keep_of_a_head_has_whole_lanes_on_a_tpu() -> None:
+    """K = V = 16 here, 128 in released models."""
+    config = ModelConfig.from_hf(LINEAR)
+    for whole_lanes, width in ((False, 16), (True, 128)):
+        spec = replace(SPEC, whole_lanes=whole_lanes)
+        leaves = zip(layer_plan(config), leaf_shapes(config, spec), strict=True)
+        shapes = {leaf.shape[2:] for layer, leaf in leaves if layer.attention == "lightning"}
+        assert shapes == {(16, width)}
+
+
+def test_zeros_behind_latents_and_states_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a TPU; more requests than slots, so that pages full of NaN are handed out again."""
     usual = EngineLimits.state_spec
     with monkeypatch.context() as patch:
@@ -80,3 +90,8 @@ def test_zeros_behind_latents_change_no_answer(monkeypatch: pytest.MonkeyPatch) 
     ]
     assert answers[0] == answers[1]
     assert_close(padded.logits(prompts[6]), latent_llm().logits(prompts[6]), "law_logits")
+    states = [llm.recurrent_states(prompts[6]) for llm in (padded, latent_llm())]
+    assert states[0].keys() == states[1].keys()
+    for layer, state in states[1].items():
+        assert states[0][layer].shape == state.shape
+        assert_close(states[0][layer], state, "law_state", head_axis=0)

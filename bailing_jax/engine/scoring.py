@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from bailing_jax import plugins
 from bailing_jax.batch import BatchLayout, pack, stack
 from bailing_jax.config import ModelConfig
 from bailing_jax.engine.programs import Programs
@@ -111,8 +112,12 @@ class Scorer:
         state, steps = self._steps(token_ids)
         for _, _, layout in steps:
             state = self._programs.fold(state, layout)
+        width = None
+        if self._spec.whole_lanes and plugins.layer("lightning") is None:
+            assert self._config.lightning is not None
+            width = self._config.lightning.head_dim
         return {
-            layer: self._programs.slot_states(leaf, _SLOT).astype(np.float32)
+            layer: self._programs.slot_states(leaf, _SLOT)[..., :width].astype(np.float32)
             for layer, (spec, leaf) in enumerate(
                 zip(layer_plan(self._config), state.layers, strict=True)
             )

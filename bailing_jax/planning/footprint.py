@@ -63,7 +63,7 @@ def footprint(model: PlannedModel, chip: Chip, mesh: MeshShape, load: Workload) 
     return Footprint(
         needs={
             "weights": weight_bytes(model, mesh, load),
-            "recurrent_state": (slots + 1) * slot_bytes(config, mesh, load),
+            "recurrent_state": (slots + 1) * slot_bytes(config, chip, mesh, load),
             "pages": (pages + 1) * page_bytes(config, chip, mesh, load),
             "temporaries": temporary_bytes(config, chip, mesh, load),
         },
@@ -100,13 +100,14 @@ def input_axis(param: Param) -> int:
     return source.order.index(len(source.order) - 1) + (source.index is not None)
 
 
-def slot_bytes(config: ModelConfig, mesh: MeshShape, load: Workload) -> int:
-    """Of one sequence's recurrent state in all layers."""
+def slot_bytes(config: ModelConfig, chip: Chip, mesh: MeshShape, load: Workload) -> int:
+    """Of one sequence's recurrent state in all layers, as `StateSpec.whole_lanes` has it."""
     if (att := config.lightning) is None:
         return 0
     layers = sum(layer.attention == "lightning" for layer in layer_plan(config))
     heads = att.num_heads // mesh.tensor
-    return layers * heads * att.head_dim**2 * ITEM_BYTES[load.state_dtype]
+    width = att.state_width if chip.is_tpu else att.head_dim
+    return layers * heads * att.head_dim * width * ITEM_BYTES[load.state_dtype]
 
 
 def page_bytes(config: ModelConfig, chip: Chip, mesh: MeshShape, load: Workload) -> int:

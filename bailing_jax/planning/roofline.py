@@ -219,7 +219,7 @@ def memory_bytes(
 ) -> float:
     """Bytes a device reads and writes."""
     touched = weights.expert_bytes * share_of_experts(config, rows.with_experts)
-    state = 2 * rows.sequences * footprint.slot_bytes(config, mesh, load)
+    state = 2 * rows.sequences * footprint.slot_bytes(config, chip, mesh, load)
     pages = (rows.pages_read + rows.count) * footprint.token_bytes(config, chip, mesh, load)
     return weights.shared_bytes + touched + state + pages
 

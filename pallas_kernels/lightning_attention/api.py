@@ -18,6 +18,8 @@ from pallas_kernels import dispatch
 from pallas_kernels.lightning_attention import gpu, reference, train, xla
 
 CHUNK_SIZE = 64
+# Of a row of a TPU's memory.
+LANES = 128
 
 # Chunks count from a segment's own first row and states are folded one by one, so the usual form
 # is the exact one.
@@ -72,7 +74,8 @@ def lightning_prefill(
         k: [T, N, K].
         v: [T, N, V].
         log_decay: float32 [N], <= 0, per token.
-        state: [S, N, K, V] float32 or bfloat16; donate it.
+        state: [S, N, K, V] float32 or bfloat16; donate it. It may have zeros behind its V columns,
+            up to a multiple of 128 (whole lanes of a TPU), which stay.
         slots: int32 [P], the slot of each segment, 0 for pads.
         cu_seqlens: int32 [P + 1], not decreasing, starting at 0; segment p holds rows
             cu_seqlens[p] to cu_seqlens[p + 1]. Rows beyond the last are padding.
@@ -98,13 +101,15 @@ def lightning_prefill(
             f"{segments} slots need cu_seqlens [{segments + 1}] and is_fresh [{segments}], got "
             f"{cu_seqlens.shape} and {is_fresh.shape}"
         )
+    wide_v = _as_wide(v, state)
     run = dispatch.choose(
-        "lightning_prefill", implementation, q, k, v, log_decay, state, exact=exact
+        "lightning_prefill", implementation, q, k, wide_v, log_decay, state, exact=exact
     )
-    return _jit(run, "scale", "chunk_size")(
-        q, k, v, log_decay, state, slots=slots, cu_seqlens=cu_seqlens, is_fresh=is_fresh,
+    o, state = _jit(run, "scale", "chunk_size")(
+        q, k, wide_v, log_decay, state, slots=slots, cu_seqlens=cu_seqlens, is_fresh=is_fresh,
         scale=scale, chunk_size=chunk_size,
     )  # fmt: skip
+    return _as_narrow(o, v), state
 
 
 def lightning_decode(
@@ -126,7 +131,7 @@ def lightning_decode(
         k: [B, N, K].
         v: [B, N, V].
         log_decay: float32 [N], <= 0.
-        state: [S, N, K, V]; donate it.
+        state: [S, N, K, V], or wider, as of `lightning_prefill`; donate it.
         slots: int32 [B], distinct; 0 for pad rows.
         scale: the factor of the output.
         implementation: "auto" or a registered name.
@@ -141,10 +146,22 @@ def lightning_decode(
     _check(q, k, v, log_decay, state)
     if slots.shape != q.shape[:1]:
         raise ValueError(f"one slot a row: rows {q.shape[0]}, slots {slots.shape}")
+    wide_v = _as_wide(v, state)
     run = dispatch.choose(
-        "lightning_decode", implementation, q, k, v, log_decay, state, exact=exact
+        "lightning_decode", implementation, q, k, wide_v, log_decay, state, exact=exact
     )
-    return _jit(run, "scale")(q, k, v, log_decay, state, slots=slots, scale=scale)
+    o, state = _jit(run, "scale")(q, k, wide_v, log_decay, state, slots=slots, scale=scale)
+    return _as_narrow(o, v), state
+
+
+def _as_wide(v: jax.Array, state: jax.Array) -> jax.Array:
+    """v with the zeros behind it that a state of whole lanes has behind its columns."""
+    missing = state.shape[-1] - v.shape[-1]
+    return jnp.pad(v, ((0, 0), (0, 0), (0, missing))) if missing else v
+
+
+def _as_narrow(o: jax.Array, v: jax.Array) -> jax.Array:
+    return o if o.shape == v.shape else o[..., : v.shape[-1]]
 
 
 @functools.cache
@@ -165,7 +182,8 @@ def _check(
     if log_decay.shape != (heads,) or log_decay.dtype != jnp.float32:
         got = f"{log_decay.dtype} {log_decay.shape}"
         raise ValueError(f"log_decay: want float32 [{heads}], got {got}")
-    if state.ndim != 4 or state.shape[1:] != (heads, key_dim, value_dim):
+    widths = {value_dim, -(-value_dim // LANES) * LANES}
+    if state.ndim != 4 or state.shape[1:3] != (heads, key_dim) or state.shape[3] not in widths:
         raise ValueError(f"state: want [S,{heads},{key_dim},{value_dim}], got {state.shape}")
     if state.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"state: want float32 or bfloat16, got {state.dtype}")

@@ -121,6 +121,37 @@ def test_r020_fresh_segment_ignores_what_its_slot_held(rng, implementation):
     assert_same_bits(after, after_clean)
 
 
+@pytest.mark.parametrize("state_dtype", DTYPES)
+def test_zeros_behind_a_states_columns_stay(rng, implementation, state_dtype):
+    """A pool of whole lanes, as on a TPU: its V columns as without, then what was there before."""
+    rows = Rows.random(rng, 15).padded(rng, NUM_ROWS)
+    segments = [Segment(7, 9, fresh=True), Segment(12, 6)]
+    narrow = pool(rng, state_dtype, live=[12, 3])
+    wide = np.pad(narrow, ((0, 0), (0, 0), (0, 0), (0, 128 - V)))
+    # What a slot held before a fresh segment, and what nobody's slot holds.
+    wide[[7, 1], ..., V:] = np.nan
+    o, after = prefill(implementation, rows, wide, segments, **SHARED)
+    compare(rows, narrow, segments, o, after[..., :V])
+    o, after_token = decode(implementation, rows[:2], after, [3, 7])
+    before = after[..., :V].copy()
+    want_o, want_states = fold(rows[:2], before, [Segment(3, 1), Segment(7, 1)])
+    assert_close(o, want_o, "lightning", head_axis=1)
+    rounding = {"float32": "lightning", "bfloat16": "bfloat16_rounding"}
+    for slot, want in want_states.items():
+        assert_close(after_token[slot, ..., :V], want, rounding[state_dtype], head_axis=0)
+    for slot in (3, 7, 12):
+        assert (after_token[slot, ..., V:] == 0).all()
+    assert_same_bits(after_token[1], wide[1])
+
+
+def test_a_state_of_another_width_is_refused(rng):
+    """Only its own and whole lanes: K and V the wrong way round would pass for zeros behind V."""
+    rows = Rows.random(rng, 2)
+    for width in (K, V - 8, 256):
+        with pytest.raises(ValueError, match=rf"state: want \[S,5,40,32\], got .*{width}\)"):
+            decode("reference", rows, np.zeros((S, N, K, width), np.float32), [1, 2])
+
+
 def test_r012_a_segment_of_one_token_is_fresh_only_when_told(rng, implementation):
     rows = Rows.random(rng, 2).padded(rng, NUM_ROWS)
     before = pool(rng, "float32", live=[7, 3])

@@ -92,8 +92,8 @@ def test_sequences_divide_over_shards(
     assert found.slots == math.ceil(33 / mesh.num_shards)
     assert found.pages == found.slots * 64
     # Heads are divided, latents are not.
-    whole = footprint.slot_bytes(planned.config, ONE, load)
-    assert footprint.slot_bytes(planned.config, mesh, load) * mesh.tensor == whole
+    whole = footprint.slot_bytes(planned.config, TPU, ONE, load)
+    assert footprint.slot_bytes(planned.config, TPU, mesh, load) * mesh.tensor == whole
     assert footprint.page_bytes(planned.config, TPU, mesh, load) == footprint.page_bytes(
         planned.config, TPU, ONE, load
     )
@@ -126,7 +126,7 @@ def test_ling_2_6_1t_by_hand(models: dict[str, model.PlannedModel]) -> None:
     # Order of magnitude of the whole: 7.1 GiB of experts, a sixteenth of the rest.
     assert 10 * GIB < footprint.weight_bytes(planned, mesh, load) < 14 * GIB
     # 280 MiB of state a request on one device; latents of 512 + 64 channels take 640 on a TPU.
-    assert footprint.slot_bytes(planned.config, ONE, load) == 280 * 2**20
+    assert footprint.slot_bytes(planned.config, TPU, ONE, load) == 280 * 2**20
     assert footprint.token_bytes(planned.config, TPU, ONE, load) == 10 * 640 * 2
     assert footprint.token_bytes(planned.config, GPU, ONE, load) == 10 * 576 * 2
 
@@ -193,9 +193,9 @@ def test_more_sequences_or_length_never_take_less(models: dict[str, model.Planne
 def test_state_dtype_halves_the_state(models: dict[str, model.PlannedModel]) -> None:
     planned = models["ring-mini-linear-2.0"]
     load = load_of(planned)
-    assert footprint.slot_bytes(planned.config, ONE, load) == 2**24  # 16 MiB a request
+    assert footprint.slot_bytes(planned.config, TPU, ONE, load) == 2**24  # 16 MiB a request
     narrow = dataclasses.replace(load, state_dtype="bfloat16")
-    assert footprint.slot_bytes(planned.config, ONE, narrow) == 2**23
+    assert footprint.slot_bytes(planned.config, TPU, ONE, narrow) == 2**23
     assert jnp.dtype("bfloat16").itemsize == 2
 
 
