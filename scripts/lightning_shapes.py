@@ -74,6 +74,9 @@ PREFILLS = (
 # Nothing was tuned for these.
 UNTUNED = (
     Prefill("H8 T8192 x1", 8, even(8_192, 1)),
+    # A long one among short ones.
+    Prefill("H16 T8192 7000 + 15", 16, (7_000, *even(1_192, 15))),
+    Prefill("H16 ragged", 16, RAGGED),
     Prefill("H24 ragged", 24, RAGGED),
     Prefill("H48 ragged", 48, RAGGED),
     Prefill("H32 D64 T8192 x1", 32, even(8_192, 1), head_dim=64),

@@ -50,6 +50,7 @@ import numpy as np
 import tpu_model
 import tpu_report
 import tpu_traffic
+import tpu_widths
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -238,6 +239,14 @@ def steps(chip: str, names: Collection[str]) -> dict[str, Any]:
     return found
 
 
+def widths(chip: str) -> list[dict[str, Any]]:
+    """Other head sizes, through the public functions."""
+    mesh = one_chip(chip)
+    with jax.set_mesh(mesh):
+        rows = tpu_widths.compiled(NamedSharding(mesh, PartitionSpec()))
+        return [{"chip": chip, **row} for row in rows]
+
+
 def bundles(chip: str, operator: str, name: str) -> dict[str, int]:
     """Final instruction bundles of a kernel and the slots its units take, from a process of its
     own: the dump is switched on when libtpu is loaded."""
@@ -283,6 +292,8 @@ def check(quick: bool, with_bundles: bool) -> dict[str, Any]:
     chips, names = (MODEL_CHIPS[-1:], ["mixed"]) if quick else (MODEL_CHIPS, list(MODEL_STEPS))
     model = {chip: steps(chip, names) for chip in chips}
     print(json.dumps(model), file=sys.stderr, flush=True)
+    other = [row for chip in chips for row in widths(chip)]
+    print(json.dumps(other), file=sys.stderr, flush=True)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
     limits = [line for row in rows for line in broken(row)]
     limits += [
@@ -297,8 +308,17 @@ def check(quick: bool, with_bundles: bool) -> dict[str, Any]:
         for name, step in found.items()
         if step["state_copies"]
     ]
+    limits += [
+        f"{row['chip']}: {row['operator']} of {row['heads']} heads of {row['K']} by {row['V']}, "
+        f"{row['state_dtype']}, copies its pool"
+        for row in other
+        if row["state_copies"] or not row["pool_in_place"]
+    ]
     limits += uneven(rows)
-    return {"versions": versions, "calls": rows, "small_model": model, "broken": limits}
+    return {
+        "versions": versions, "calls": rows, "widths": other, "small_model": model,
+        "broken": limits,
+    }  # fmt: skip
 
 
 def main() -> int:

@@ -16,14 +16,14 @@ from bailing_jax.layers.options import RuntimeOptions
 from bailing_jax.model import abstract
 from bailing_jax.state import DecodeState, leaf_shapes
 
-LIMITS = EngineLimits(max_num_seqs=8, max_model_len=512, prefill_chunk=256, page_size=64)
+LIMITS = EngineLimits(max_num_seqs=128, max_model_len=512, prefill_chunk=256, page_size=64)
 SEGMENTS = 4
 
 Place = Callable[[jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]
 
 
 def traced_steps(place: Place = lambda shape: shape) -> dict[str, jax.stages.Traced]:
-    """The decode step of 8 rows, and the mixed one with 256 prefill rows, in bfloat16.
+    """The decode step of 128 rows, and the mixed one with 256 prefill rows, in bfloat16.
 
     Trace inside the mesh of the device that is meant; `place` says where weights and state lie.
     """

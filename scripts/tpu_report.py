@@ -51,6 +51,7 @@ def markdown(found: dict[str, Any]) -> str:
             f"| {'yes' if row['pool_in_place'] else 'NO'} |"
         )
     lines += ["", "## Instruction bundles", "", *_bundles(found["calls"])]
+    lines += ["", "## Other head sizes", "", *_widths(found["widths"])]
     lines += ["", "## The small model's steps, compiled whole", "", *_steps(found["small_model"])]
     lines += [
         "",
@@ -90,13 +91,34 @@ def _bundles(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _widths(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "The public functions, 256 rows, pools of 257 slots with zeros behind V up to whole lanes.",
+        "",
+        "| chip | kernel | heads, K, V | state | copies of the pool | temporaries, MiB |",
+        "|" + " --- |" * 6,
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['chip']} | {row['operator']} | {row['heads']}, {row['K']}, {row['V']} "
+            f"| {row['state_dtype']} | {row['state_copies']} "
+            f"| {row['temporary_bytes'] / 2**20:.1f} |"
+        )
+    return lines
+
+
 def _steps(model: dict[str, Any]) -> list[str]:
-    lines = ["| chip | step | kernels inside | compile, s | temporaries, MiB |", "|" + " --- |" * 5]
+    lines = [
+        "128 decode rows; the mixed step has 256 prefill rows beside them.",
+        "",
+        "| chip | step | kernels inside | compile, s | temporaries, MiB | copies of a pool |",
+        "|" + " --- |" * 6,
+    ]
     for chip, found in model.items():
         for name, step in found.items():
             kernels = ", ".join(f"{number} {kernel}" for kernel, number in step["kernels"].items())
             lines.append(
                 f"| {chip} | {name} | {kernels} | {step['compile_s']} "
-                f"| {step['temporary_bytes'] / 2**20:.1f} |"
+                f"| {step['temporary_bytes'] / 2**20:.1f} | {step['state_copies']} |"
             )
     return lines
