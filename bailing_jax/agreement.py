@@ -4,20 +4,26 @@ Every process tells facts, each a name and a short value: versions, engine optio
 that change programs, and of the model what makes it: the fields of its JSON files, the sizes and
 headers of its weight files, the manifest. Process 0 compares. A path is no fact, since a host may
 keep its copy of a model anywhere. No jax.
+
+A job has a `Group` for it. A program that calls an `LLM` in several processes has none: there each
+process compares for itself (`agree_without_group`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import platform
+import socket
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import bailing_jax
+from bailing_jax import distributed
 from bailing_jax.errors import EXIT_USAGE, UserError
 from bailing_jax.group import Group
 
@@ -31,6 +37,7 @@ _VARIABLES = (
     "LIBTPU_INIT_ARGS", "XLA_FLAGS",
 )  # fmt: skip
 _MAX_TEXT = 40
+_ALL_THE_SAME = "Give all of them the same command, installation and model."
 _HEADER_BYTES = 8
 _MAX_HEADER = 100_000_000
 
@@ -52,6 +59,23 @@ def facts_of_installation(environ: Mapping[str, str] = os.environ) -> Facts:
 def facts_of_values(values: Mapping[str, object], where: str = "") -> Facts:
     """One fact a value: short ones as JSON, long ones by their checksum."""
     return {where + name: _short(value) for name, value in values.items()}
+
+
+def facts_of_engine(options: Mapping[str, object], folder: Path) -> Facts:
+    """Everything that makes an engine but the device's memory: installation, options, model.
+
+    Args:
+        options: everything that is asked for, by name.
+        folder: the model's; of a preset, which has none, its name.
+
+    Raises:
+        UserError: a file can't be read.
+    """
+    return {
+        **facts_of_installation(),
+        **facts_of_values(options, "option "),
+        **facts_of_model(folder),
+    }
 
 
 def facts_of_model(folder: Path) -> Facts:
@@ -80,7 +104,7 @@ def agree(
     group: Group,
     facts: Facts,
     about: str,
-    hint: str = "Give all of them the same command, installation and model.",
+    hint: str = _ALL_THE_SAME,
 ) -> None:
     """Compare this process' facts with everybody's; returns once they are known to be equal.
 
@@ -98,24 +122,48 @@ def agree(
         while group.next_order()["order"] != about:
             pass
         return
-    differences: list[str] = []
-    for number, message in sorted(group.reports(about).items()):
-        theirs = message["facts"]
-        differences += [
-            f"{group.name(number)}: {name} = {theirs.get(name, 'missing')}; "
-            f"{group.name()} has {facts.get(name, 'missing')}"
-            for name in sorted(facts.keys() | theirs.keys())
-            if theirs.get(name) != facts.get(name)
-        ]
-    if differences:
-        more = len(differences) - MAX_SHOWN
-        shown = differences[:MAX_SHOWN] + [f"and {more} more"] * (more > 0)
-        raise UserError(
-            "the processes of this job do not agree:\n" + "\n".join(shown),
-            hint,
-            EXIT_USAGE,
-        )
+    reports = sorted(group.reports(about).items())
+    theirs = {group.name(number): message["facts"] for number, message in reports}
+    _require_equal(group.name(), facts, theirs, hint)
     group.order(about)
+
+
+_without_group = itertools.count(1)
+
+
+def agree_without_group(facts: Facts, hint: str = _ALL_THE_SAME) -> None:
+    """`agree` over jax.distributed alone; every process must make the same calls in one order.
+
+    Raises:
+        UserError: on every process, if one differs from process 0: host, field and both values. Or
+            one does not come.
+    """
+    own = json.dumps({"host": socket.gethostname(), "facts": facts})
+    told = distributed.told_by_all(f"facts {next(_without_group)}", own)
+    all_facts = {
+        f"process {number} of {len(told)} ({found['host']})": found["facts"]
+        for number, found in enumerate(map(json.loads, told))
+    }
+    first = next(iter(all_facts))
+    _require_equal(first, all_facts.pop(first), all_facts, hint)
+
+
+def _require_equal(name: str, facts: Facts, others: Mapping[str, Facts], hint: str) -> None:
+    """Compare the facts of process `name` with those of the others, by their names."""
+    differences = [
+        f"{other}: {field} = {theirs.get(field, 'missing')}; "
+        f"{name} has {facts.get(field, 'missing')}"
+        for other, theirs in others.items()
+        for field in sorted(facts.keys() | theirs.keys())
+        if theirs.get(field) != facts.get(field)
+    ]
+    if not differences:
+        return
+    more = len(differences) - MAX_SHOWN
+    shown = differences[:MAX_SHOWN] + [f"and {more} more"] * (more > 0)
+    raise UserError(
+        "the processes of this job do not agree:\n" + "\n".join(shown), hint, EXIT_USAGE
+    )
 
 
 def _fields(path: Path) -> Facts:

@@ -35,7 +35,7 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 _GOOGLE = "0x1ae0"
 _METADATA = "http://{host}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 _KEY = "bailing_jax/control"
-_HOST_KEY = "bailing_jax/host"
+_TOLD_KEY = "bailing_jax/told"
 
 Say = Callable[[str], None]
 
@@ -227,14 +227,36 @@ def processes_here() -> int:
 
     Once jax.distributed has started; a process without it is alone.
     """
+    here = socket.gethostname()
+    return told_by_all("host", here).count(here)
+
+
+def told_by_all(about: str, value: str) -> list[str]:
+    """What each process says, by number, this one being `value`; waits until each has.
+
+    Args:
+        about: names the question; each has another name.
+        value: this process' answer.
+
+    Raises:
+        UserError: a process has not answered within five minutes.
+    """
     store = _store()
     if store.client is None:
-        return 1
-    hosts = [f"{_HOST_KEY}/{index}" for index in range(store.num_processes)]
-    here = socket.gethostname()
-    store.client.key_value_set(hosts[store.process_id], here)
-    found = [store.client.blocking_key_value_get(host, WAIT_S * 1000) for host in hosts]
-    return found.count(here)
+        return [value]
+    keys = [f"{_TOLD_KEY}/{about}/{index}" for index in range(store.num_processes)]
+    store.client.key_value_set(keys[store.process_id], value)
+    answers: list[str] = []
+    for index, key in enumerate(keys):
+        try:
+            answers.append(store.client.blocking_key_value_get(key, WAIT_S * 1000))
+        except RuntimeError as error:
+            raise UserError(
+                f"process {index} of {len(keys)} did not come as far as this one ({about}) "
+                f"within {WAIT_S} s",
+                "It has ended, or waits for something else: its own output says which.",
+            ) from error
+    return answers
 
 
 def _store() -> Any:

@@ -157,13 +157,10 @@ def _job_of_many(args: argparse.Namespace, group: Group, say: Say) -> int:
 
     def work() -> int:
         folder = find_folder(args.model, download=args.download)
-        options = {**flags.engine_options(args), "hf_overrides": args.hf_overrides}
-        facts = {
-            **agreement.facts_of_installation(),
-            **agreement.facts_of_values({**options, "seed": args.seed}, "option "),
-            **agreement.facts_of_model(folder),
-        }
-        agreement.agree(group, facts, "facts")
+        options = {
+            **flags.engine_options(args), "hf_overrides": args.hf_overrides, "seed": args.seed,
+        }  # fmt: skip
+        agreement.agree(group, agreement.facts_of_engine(options, folder), "facts")
         with contextlib.ExitStack() as stack:
 
             def load() -> _Engine:

@@ -66,7 +66,8 @@ class LLM:
         report: called with each line about what was loaded; default: printed on stderr.
         download: fetch org/name from the hub where the cache lacks it.
         check_limits: called with the sizes in force before any weight is read; what it raises ends
-            the loading.
+            the loading. None: under jax.distributed the processes compare versions, arguments,
+            model and sizes there.
 
     Raises:
         UserError: what is wrong with model or options, and what to do.
@@ -107,7 +108,7 @@ class LLM:
         debug.check_processes()
         loaded = load(
             model, options, hf_overrides or {}, seed, report,
-            download=download, check_limits=check_limits or _ignore,
+            download=download, check_limits=check_limits,
         )  # fmt: skip
         require_exact(loaded)
         self.config = loaded.config
@@ -424,5 +425,5 @@ class LLM:
         return checked_ids(token_ids, self.config.vocab_size, what)
 
 
-def _ignore(_report: StreamPiece | EngineLimits | str) -> None:
+def _ignore(_report: StreamPiece | str) -> None:
     """What becomes of reports nobody asked for."""

@@ -7,12 +7,12 @@ before the first long wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
 
-from bailing_jax import hub, plugins, runtime, small_model
+from bailing_jax import agreement, hub, plugins, runtime, small_model
 from bailing_jax.checkpoint.load import Weights, load_model, match_native, match_released
 from bailing_jax.checkpoint.random_weights import random_model
 from bailing_jax.config import SUPPORTED, ModelConfig
@@ -31,6 +31,11 @@ from bailing_jax.text.chat import ChatTemplate, load_chat_template
 from bailing_jax.text.tokenizer import Tokenizer, load_tokenizer
 from convert.native import is_native, open_native
 from convert.source import open_source, read_json
+
+_LIKE_HOSTS = (
+    "Give all processes the same installation, arguments and model. How many pages fit follows "
+    "from each host's memory: smaller max_num_seqs or max_model_len leave room everywhere."
+)
 
 Report = Callable[[str], None]
 CheckLimits = Callable[[EngineLimits], object]
@@ -73,7 +78,7 @@ def load(
     report: Report,
     *,
     download: bool = False,
-    check_limits: CheckLimits = lambda _limits: None,
+    check_limits: CheckLimits | None = None,
 ) -> LoadedModel:
     """Load a checkpoint folder, or make random weights for a preset name.
 
@@ -85,7 +90,8 @@ def load(
         seed: of a preset's random weights.
         report: called with each line about what is loaded.
         download: fetch org/name if it is not in the cache.
-        check_limits: called with the sizes in force before any weight is read or drawn.
+        check_limits: called with the sizes in force before any weight is read or drawn; None:
+            under jax.distributed all processes see there that they load alike.
 
     Raises:
         UserError: anything wrong with name, folder, config, tensors, options or memory.
@@ -94,6 +100,8 @@ def load(
     for line in plugins.load():
         report(f"plugin: {line}")
     folder = find_folder(model, download=download)
+    if check_limits is None:
+        check_limits = _agree(folder, options, hf_overrides, seed)
     name = str(folder)
     if model is None:
         name = small_model.NAME
@@ -120,6 +128,22 @@ def load(
         config = ModelConfig.from_hf(source.config, hf_overrides, where=where)
         weights = match_released(config, source)
         return _load_folder(folder, name, config, weights, options, report, check_limits)
+
+
+def _agree(
+    folder: Path, options: EngineOptions, hf_overrides: Mapping[str, object], seed: int
+) -> CheckLimits:
+    """A check that all processes, if there are several, load the same model in the same sizes."""
+
+    def check(limits: EngineLimits) -> None:
+        if jax.process_count() == 1:
+            return
+        asked = {**asdict(options), "hf_overrides": dict(hf_overrides), "seed": seed}
+        facts = agreement.facts_of_engine(asked, folder)
+        facts |= agreement.facts_of_values(asdict(limits), "engine ")
+        agreement.agree_without_group(facts, _LIKE_HOSTS)
+
+    return check
 
 
 def find_folder(model: str | Path | None, *, download: bool) -> Path:

@@ -16,12 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from checks import assert_same_bits
 from kill_workers import LIMIT_S, Worker, free_port
 from kill_workers import Job as ModelJob
-from tolerances import TOLERANCES
 
 from bailing_jax import small_model
 from bailing_jax.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED, EXIT_USAGE
@@ -279,32 +276,6 @@ def test_a_mesh_without_a_device_of_each_process_is_refused_before_weights_are_r
     assert model_job.done() == 0
 
 
-SHARED_MEMORY = """
-import sys
-from bailing_jax import runtime
-import jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-print("its bytes:", runtime.memory_bytes(2), file=sys.stderr)
-"""
-
-
-def test_processes_of_one_host_share_its_memory(tmp_path: Path) -> None:
-    address = f"127.0.0.1:{free_port()}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    workers = [
-        Worker(
-            [sys.executable, "-c", SHARED_MEMORY, address, str(index)],
-            tmp_path / f"stderr{index}",
-            environment,
-        )
-        for index in range(2)
-    ]
-    assert [worker.end(120) for worker in workers] == [EXIT_OK] * 2, workers[0].said
-    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    for worker in workers:
-        assert f"its bytes: {half}\n" in worker.said
-
-
 def test_hosts_with_room_for_other_numbers_of_pages_are_refused_before_weights_are_read(
     model_job: ModelJob,
 ) -> None:
@@ -332,45 +303,3 @@ def test_hosts_with_room_for_other_numbers_of_pages_are_refused_before_weights_a
         assert "Traceback" not in worker.said
     assert "Smaller --max-num-seqs or --max-model-len" in workers[0].said
     assert model_job.done() == 0
-
-
-@pytest.mark.slow
-def test_an_llm_under_jax_distributed_scores_and_generates_as_one_device_does(
-    model_job: ModelJob,
-) -> None:
-    """Every process makes the same calls, and gets the whole of what comes of them."""
-    model_job.devices = 1
-    script = str(Path(__file__).with_name("llm_worker.py"))
-    address = f"127.0.0.1:{free_port()}"
-
-    def start(name: str, *who: str) -> Worker:
-        files = (str(model_job.model), str(model_job.folder / f"{name}.npz"))
-        return Worker(
-            [sys.executable, script, *who, *files],
-            model_job.folder / f"stderr_{name}",
-            model_job.environment(),
-        )
-
-    both = [start(f"of_two_{index}", address, "2", str(index)) for index in range(2)]
-    try:
-        assert [worker.end(300) for worker in both] == [0, 0], both[0].said + both[1].said
-    finally:
-        for worker in both:
-            worker.process.kill()
-    assert start("alone", "-", "1", "0").end(300) == 0
-    zero, one, alone = (
-        np.load(model_job.folder / f"{name}.npz") for name in ("of_two_0", "of_two_1", "alone")
-    )
-    assert set(zero) >= {"logits", "state0"}
-    # Each process read the parts of its own device: a half of what is divided.
-    whole = int(zero["bytes_of_weights"])
-    for seen in (zero, one):
-        assert whole / 2 <= int(seen["bytes_read"]) < 0.6 * whole
-    for name in set(zero) - {"bytes_read"}:
-        assert_same_bits(zero[name], one[name])
-        if name == "tokens":
-            assert_same_bits(zero[name], alone[name])
-        elif name != "drawn":
-            scale = max(1.0, np.abs(alone[name]).max())
-            error = np.abs(zero[name] - alone[name]).max() / scale
-            assert error <= TOLERANCES["mesh_logits"], (name, error)
