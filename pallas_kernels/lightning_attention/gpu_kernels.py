@@ -1,4 +1,4 @@
-"""The two kernels of the GPU prefill: `sum_pieces` and `fold_segments`, bodies of `plgpu.kernel`.
+"""The two kernels of the GPU prefill: `reach_cuts` and `fold_segments`, bodies of `plgpu.kernel`.
 
 See `gpu_prefill` for the formula, `gpu_work` for what a block works on and `gpu_chunks` for what
 its warpgroups do with a chunk and why that is safe.
@@ -7,6 +7,7 @@ its warpgroups do with a chunk and why that is safe.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,11 +34,9 @@ from pallas_kernels.lightning_attention.gpu_work import (
     ALIGNED_ROWS,
     Cut,
     Work,
-    beside_cut,
+    before_cut,
+    handed_over,
     locate,
-    piece_rows,
-    stored_start,
-    stored_sum,
 )
 
 plgpu = compat.mosaic_gpu()
@@ -120,103 +119,122 @@ def feed(plan: Plan, place: Place, sources, full, done) -> None:
         plgpu.barrier_wait(done.at[c % plan.stages])
 
 
-def sum_pieces(plan: Plan, cut: Cut, k_ref, v_ref, *refs, shared) -> None:
-    """For each cut the k^T w, from zero, of the piece that is walked towards it.
+def reach_cuts(plan: Plan, cut: Cut, q_ref, k_ref, v_ref, *refs, shared) -> None:
+    """For each cut what the piece before it hands over.
 
-    With a segment's first cut, what the segment starts from: its slot may be written before all
-    its pieces have begun.
+    Of a segment's first piece the state behind it, and its outputs; of others k^T w from zero.
     """
-    *tables, pool_ref, sums_ref = refs
-    tables = Tables(*tables)
-    item = item_of(plan)
-    work = beside_cut(item + 1, cut, tables.cu_seqlens, tables.slots, behind=plan.reverse)
+    tables, (pool_ref, o_ref, handed_ref) = Tables(*refs[:4]), refs[-3:]
+    work = before_cut(item_of(plan), cut, tables.cu_seqlens, tables.slots)
     place = find_place(plan, work, tables)
-    head, steps = place.head, place.steps
-    adds = (work.end > work.begin) & (work.slot != 0)
-    at_first_cut = work.piece == (1 if plan.reverse else 0)
+    runs = (work.end > work.begin) & (work.slot != 0)
+    is_first = work.piece == 0
+
+    def state_part(ref, group):
+        return ref.at[place.head, pl.ds(group * plan.state_rows, plan.state_rows), place.columns]
+
+    def start(group):
+        slot_state = state_part(pool_ref.at[work.slot], group)
+        return _enter(plan, tables.is_fresh[work.segment], slot_state)
+
+    def hand_over(group, s):
+        target = state_part(handed_ref.at[handed_over(work, work.piece)], group)
+        compat.store_from_registers(target, s)
+
+    feed_fold, fold = _folding(plan, place, (q_ref, k_ref, v_ref, o_ref), shared)
+    feed_sum, add_up = _summing(plan, place, (k_ref, v_ref), shared)
 
     def feeder():
-        @pl.when(adds)
-        def _():
-            sources = [(lambda rows: k_ref.at[rows, head], shared["k"]),
-                       (lambda rows: v_ref.at[rows, head, place.columns], shared["v"])]  # fmt: skip
-            feed(plan, place, sources, shared["full"], shared["done"])
+        pl.when(runs & is_first)(feed_fold)
+        pl.when(runs & ~is_first)(feed_sum)
 
     def compute(group):
-        state_rows = pl.ds(group * plan.state_rows, plan.state_rows)
-        sums_part = sums_ref.at[:, head, state_rows, place.columns]
-
-        def step(c, s):
-            chunk = chunk_at(plan, place, c)
-            stage = c % plan.stages
-            s = scale_state(steps, chunk.before, s)
-            plgpu.barrier_wait(shared["full"].at[stage])
-            clear_keys(plan, chunk, group, shared["k"])
-            weigh_values(plan, steps, chunk, group, shared["v"])
-            plgpu.commit_smem()
-            _meet(plan, shared)
-            keys = shared["k"].at[stage, :, state_rows].transpose((1, 0))
-
-            def product(acc):
-                plgpu.wgmma(acc, keys, shared["v"].at[stage])
-                return acc[...]
-
-            s = s + pl.run_scoped(product, plgpu.ACC((plan.state_rows, COLUMNS), jnp.float32))
-            plgpu.barrier_arrive(shared["done"].at[stage])
-            return scale_state(steps, chunk.after, s)
-
-        @pl.when(adds & at_first_cut)
+        @pl.when(runs & is_first)
         def _():
-            slot_state = pool_ref.at[work.slot, head, state_rows, place.columns]
-            s = _enter(plan, tables.is_fresh[work.segment], slot_state)
-            compat.store_from_registers(sums_part.at[stored_start(cut, work)], s)
+            hand_over(group, fold(group, start(group)))
 
-        @pl.when(adds)
+        @pl.when(runs & ~is_first)
         def _():
-            s = lax.fori_loop(0, steps.count, step, _no_state(plan))
-            sum_place = stored_sum(work, work.piece, plan.reverse)
-            compat.store_from_registers(sums_part.at[sum_place], s)
+            hand_over(group, add_up(group, _no_state(plan)))
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     in_roles(plan, feeder, compute)
 
 
 def fold_segments(plan: Plan, cut: Cut, q_ref, k_ref, v_ref, *refs, shared) -> None:
-    """Outputs of every row, and each segment's state from its slot to its slot."""
+    """Outputs of every row, and each segment's state from its slot to its slot.
+
+    Less what `reach_cuts` has done.
+    """
     tables, (pool_ref, o_ref) = Tables(*refs[:4]), refs[-2:]
-    sums_ref: Any = refs[4] if cut.windows else None
+    handed_ref: Any = refs[4] if cut.windows else None
     work = locate(item_of(plan), cut, tables.cu_seqlens, tables.slots)
     place = find_place(plan, work, tables)
-    head, steps = place.head, place.steps
-    o_part = o_ref.at[:, head, place.columns]
     has_rows = work.end > work.begin
     runs = has_rows & (work.slot != 0)
+    feed_fold, fold = _folding(plan, place, (q_ref, k_ref, v_ref, o_ref), shared)
 
     def feeder():
-        @pl.when(runs)
-        def _():
-            sources = [(lambda rows: q_ref.at[rows, head], shared["q"]),
-                       (lambda rows: k_ref.at[rows, head], shared["k"]),
-                       (lambda rows: v_ref.at[rows, head, place.columns], shared["v"])]  # fmt: skip
-            feed(plan, place, sources, shared["full"], shared["done"])
+        pl.when(runs)(feed_fold)
 
     def compute(group):
         state_rows = pl.ds(group * plan.state_rows, plan.state_rows)
-        slot_state = pool_ref.at[work.slot, head, state_rows, place.columns]
+        slot_state = pool_ref.at[work.slot, place.head, state_rows, place.columns]
 
         def start():
             def from_slot():
                 return _enter(plan, tables.is_fresh[work.segment], slot_state)
 
-            if sums_ref is None:
+            if handed_ref is None:
                 return from_slot()
 
             def from_pieces():
-                return _sum_before(
-                    plan, cut, place, sums_ref.at[:, head, state_rows, place.columns]
-                )
+                parts = handed_ref.at[:, place.head, state_rows, place.columns]
+                return _sum_before(plan, cut, place, parts)
 
-            return lax.cond(work.pieces > 1, from_pieces, from_slot)
+            return lax.cond(work.piece > 0, from_pieces, from_slot)
 
+        @pl.when(runs)
+        def _():
+            s = fold(group, start())
+
+            @pl.when(work.piece == work.pieces - 1)
+            def _():
+                compat.store_from_registers(slot_state, s.astype(pool_ref.dtype))
+
+        @pl.when(has_rows & (work.slot == 0))
+        def _():
+            o_part = o_ref.at[:, place.head, place.columns]
+            nothing = jnp.zeros((ROWS, COLUMNS), o_ref.dtype)
+            shared["o"][group] = plgpu.layout_cast(nothing, plgpu.Layout.WGMMA)
+            plgpu.commit_smem()
+
+            @pl.loop(0, place.steps.count)
+            def _(c):
+                store_rows(chunk_at(plan, place, c), group, shared["o"], o_part)
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    in_roles(plan, feeder, compute)
+
+
+Roles = tuple[Callable[[], None], Callable[[int, jax.Array], jax.Array]]
+
+
+def _folding(plan: Plan, place: Place, refs, shared) -> Roles:
+    """Of a piece's outputs: what the feeder does, and the state of a warpgroup behind it."""
+    q_ref, k_ref, v_ref, o_ref = refs
+    head, steps = place.head, place.steps
+    o_part = o_ref.at[:, head, place.columns]
+
+    def feeder():
+        sources = [(lambda rows: q_ref.at[rows, head], shared["q"]),
+                   (lambda rows: k_ref.at[rows, head], shared["k"]),
+                   (lambda rows: v_ref.at[rows, head, place.columns], shared["v"])]  # fmt: skip
+        feed(plan, place, sources, shared["full"], shared["done"])
+
+    def fold(group, s):
         def step(c, s):
             chunk = chunk_at(plan, place, c)
             s = scale_state(steps, chunk.before, s)
@@ -235,46 +253,59 @@ def fold_segments(plan: Plan, cut: Cut, q_ref, k_ref, v_ref, *refs, shared) -> N
             plgpu.barrier_arrive(shared["done"].at[c % plan.stages])
             return scale_state(steps, chunk.after, s)
 
-        @pl.when(runs)
-        def _():
-            s = lax.fori_loop(0, steps.count, step, start())
+        return lax.fori_loop(0, steps.count, step, s)
 
-            @pl.when(_is_last(plan, work))
-            def _():
-                compat.store_from_registers(slot_state, s.astype(pool_ref.dtype))
+    return feeder, fold
 
-        @pl.when(has_rows & (work.slot == 0))
-        def _():
-            nothing = jnp.zeros((ROWS, COLUMNS), o_ref.dtype)
-            shared["o"][group] = plgpu.layout_cast(nothing, plgpu.Layout.WGMMA)
+
+def _summing(plan: Plan, place: Place, refs, shared) -> Roles:
+    """As `_folding`, without outputs."""
+    k_ref, v_ref = refs
+    head, steps = place.head, place.steps
+
+    def feeder():
+        sources = [(lambda rows: k_ref.at[rows, head], shared["k"]),
+                   (lambda rows: v_ref.at[rows, head, place.columns], shared["v"])]  # fmt: skip
+        feed(plan, place, sources, shared["full_sums"], shared["done"])
+
+    def add_up(group, s):
+        state_rows = pl.ds(group * plan.state_rows, plan.state_rows)
+
+        def step(c, s):
+            chunk = chunk_at(plan, place, c)
+            stage = c % plan.stages
+            s = scale_state(steps, chunk.before, s)
+            plgpu.barrier_wait(shared["full_sums"].at[stage])
+            clear_keys(plan, chunk, group, shared["k"])
+            weigh_values(plan, steps, chunk, group, shared["v"])
             plgpu.commit_smem()
+            _meet(plan, shared)
+            keys = shared["k"].at[stage, :, state_rows].transpose((1, 0))
 
-            @pl.loop(0, steps.count)
-            def _(c):
-                store_rows(chunk_at(plan, place, c), group, shared["o"], o_part)
+            def product(acc):
+                plgpu.wgmma(acc, keys, shared["v"].at[stage])
+                return acc[...]
 
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            s = s + pl.run_scoped(product, plgpu.ACC((plan.state_rows, COLUMNS), jnp.float32))
+            plgpu.barrier_arrive(shared["done"].at[stage])
+            return scale_state(steps, chunk.after, s)
 
-    in_roles(plan, feeder, compute)
+        return lax.fori_loop(0, steps.count, step, s)
+
+    return feeder, add_up
 
 
-def _sum_before(plan: Plan, cut: Cut, place: Place, sums_ref) -> jax.Array:
-    """The state a piece starts from: the segment's own, and what the pieces before it add."""
+def _sum_before(plan: Plan, cut: Cut, place: Place, handed_ref) -> jax.Array:
+    """The state a piece starts from: that behind the first piece, and what those since then add."""
     work = place.work
 
-    def then(step, s):
-        piece = work.pieces - 1 - step if plan.reverse else step
-        _, begin, end = piece_rows(cut, work.first_row, work.last_row, piece)
-        added = _load_state(plan, sums_ref.at[stored_sum(work, piece, plan.reverse)])
-        return scale_state(place.steps, end - begin, s) + added
+    def load(piece):
+        return _load_state(plan, handed_ref.at[handed_over(work, piece)])
 
-    before = work.pieces - 1 - work.piece if plan.reverse else work.piece
-    return lax.fori_loop(0, before, then, _load_state(plan, sums_ref.at[stored_start(cut, work)]))
+    def then(piece, s):
+        return scale_state(place.steps, jnp.int32(cut.span), s) + load(piece)
 
-
-def _is_last(plan: Plan, work: Work) -> jax.Array:
-    """Whether a piece is its segment's last in the order of the walk."""
-    return work.piece == (0 if plan.reverse else work.pieces - 1)
+    return lax.fori_loop(1, work.piece, then, load(0))
 
 
 def in_roles(plan: Plan, feeder, compute) -> None:

@@ -105,7 +105,7 @@ def test_a_long_segment_is_cut(rng, machine, size, beside):
     call.state *= 100
     # The long one makes three pieces.
     blocks = 8 if short in [s.length for s in segments] else 4
-    shares = cut(len(call.q), len(segments), 1, size[0], blocks)
+    shares = cut(len(call.q), len(segments), 1, size[0], blocks, 0.5)
     assert shares.windows
     assert long // 3 < shares.span < long // 2
     check(machine, call, races=size[0] == 64, blocks=blocks)
@@ -122,7 +122,7 @@ def test_a_long_segment_is_cut_token_by_token(rng, machine, beside):
     call = Call.random(rng, segments, [-0.02], 64, 48, pads=20, dtype="float32")
     call.state *= 100
     # The long one makes three pieces, the short one one.
-    shares = cut(len(call.q), len(segments), 3, 16, 12)
+    shares = cut(len(call.q), len(segments), 3, 16, 12, 0.25)
     assert (shares.span, shares.windows) == (64, 3)
     o, after = run(machine, call, races=True, blocks=12)
     call.check(o, after, "lightning", "lightning")
