@@ -58,12 +58,17 @@ class Tables(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a block works on."""
+    """What a block works on: a piece, a head, and a part of V or a pair of parts."""
 
     work: Work
     head: jax.Array
-    columns: Any
+    part: jax.Array
     steps: Steps
+    is_pair: Any = False
+
+    def columns(self, offset: Any = 0) -> Any:
+        """Those of V in the block's part, or in that behind it."""
+        return pl.ds(pl.multiple_of((self.part + offset) * COLUMNS, COLUMNS), COLUMNS)
 
 
 def item_of(plan: Plan) -> jax.Array:
@@ -79,13 +84,13 @@ def find_place(plan: Plan, work: Work, tables: Tables) -> Place:
     is_slow = -decay * (plan.chunk // 2) <= _MOST_EXPONENT
     stride = jnp.where(is_slow, plan.chunk, ALIGNED_ROWS)
     count = (work.end - work.start + stride - 1) // stride
-    columns = pl.ds(pl.multiple_of(part * COLUMNS, COLUMNS), COLUMNS)
-    return Place(work, head, columns, Steps(decay * _LOG2_E, stride, stride // 2, count))
+    return Place(work, head, part, Steps(decay * _LOG2_E, stride, stride // 2, count))
 
 
-def chunk_at(plan: Plan, place: Place, c: jax.Array) -> Chunk:
-    """Chunk c in the order of the walk."""
+def chunk_at(plan: Plan, place: Place, number: jax.Array) -> Chunk:
+    """A chunk in the order of the walk; numbers go on in the second part of a pair."""
     work, steps = place.work, place.steps
+    c = jnp.where(number < steps.count, number, number - steps.count)
     index = steps.count - 1 - c if plan.reverse else c
     first_row = work.start + index * steps.stride
     lo = jnp.maximum(work.begin - first_row, 0)
@@ -93,14 +98,15 @@ def chunk_at(plan: Plan, place: Place, c: jax.Array) -> Chunk:
     before, after = steps.middle + 1 - lo, hi - 1 - steps.middle
     if plan.reverse:
         before, after = after, before
-    return Chunk(c, first_row, lo, hi, before, after)
+    return Chunk(number, first_row, lo, hi, before, after)
 
 
 def feed(plan: Plan, place: Place, sources, full, done) -> None:
-    """Start the copies of every chunk; `sources` are (global rows -> reference, shared buffer)."""
+    """Start the copies of every chunk; `sources` are (global reference, shared buffer, is v)."""
     count = place.steps.count
+    total = jnp.where(place.is_pair, 2 * count, count)
 
-    @pl.loop(0, count)
+    @pl.loop(0, total)
     def _(c):
         stage = c % plan.stages
 
@@ -109,12 +115,14 @@ def feed(plan: Plan, place: Place, sources, full, done) -> None:
             plgpu.barrier_wait(done.at[stage])
 
         start = pl.multiple_of(chunk_at(plan, place, c).first_row, ALIGNED_ROWS)
-        for source, target in sources:
-            rows = source(pl.ds(start, plan.chunk))
-            plgpu.copy_gmem_to_smem(rows, target.at[stage], full.at[stage])
+        rows = pl.ds(start, plan.chunk)
+        for source, target, is_v in sources:
+            columns = place.columns(jnp.where(c >= count, 1, 0)) if is_v else slice(None)
+            of_head = source.at[rows, place.head, columns]
+            plgpu.copy_gmem_to_smem(of_head, target.at[stage], full.at[stage])
 
     # No arrival is left unobserved: the interpreter insists on it.
-    @pl.loop(jnp.maximum(count - plan.stages, 0), count)
+    @pl.loop(jnp.maximum(total - plan.stages, 0), total)
     def _(c):
         plgpu.barrier_wait(done.at[c % plan.stages])
 
@@ -131,7 +139,7 @@ def reach_cuts(plan: Plan, cut: Cut, q_ref, k_ref, v_ref, *refs, shared) -> None
     is_first = work.piece == 0
 
     def state_part(ref, group):
-        return ref.at[place.head, pl.ds(group * plan.state_rows, plan.state_rows), place.columns]
+        return ref.at[place.head, pl.ds(group * plan.state_rows, plan.state_rows), place.columns()]
 
     def start(group):
         slot_state = state_part(pool_ref.at[work.slot], group)
@@ -171,8 +179,11 @@ def fold_segments(plan: Plan, cut: Cut, q_ref, k_ref, v_ref, *refs, shared) -> N
     handed_ref: Any = refs[4] if cut.windows else None
     work = locate(item_of(plan), cut, tables.cu_seqlens, tables.slots)
     place = find_place(plan, work, tables)
+    if plan.parts % 2 == 0:
+        place = place._replace(is_pair=_in_pairs(plan, cut, work, tables))
+    is_done = place.is_pair & (place.part % 2 == 1)
     has_rows = work.end > work.begin
-    runs = has_rows & (work.slot != 0)
+    runs = has_rows & (work.slot != 0) & ~is_done
     feed_fold, fold = _folding(plan, place, (q_ref, k_ref, v_ref, o_ref), shared)
 
     def feeder():
@@ -180,32 +191,40 @@ def fold_segments(plan: Plan, cut: Cut, q_ref, k_ref, v_ref, *refs, shared) -> N
 
     def compute(group):
         state_rows = pl.ds(group * plan.state_rows, plan.state_rows)
-        slot_state = pool_ref.at[work.slot, place.head, state_rows, place.columns]
 
-        def start():
+        def go_through(columns, half):
+            slot_state = pool_ref.at[work.slot, place.head, state_rows, columns]
+
             def from_slot():
                 return _enter(plan, tables.is_fresh[work.segment], slot_state)
 
-            if handed_ref is None:
-                return from_slot()
-
             def from_pieces():
-                parts = handed_ref.at[:, place.head, state_rows, place.columns]
+                parts = handed_ref.at[:, place.head, state_rows, columns]
                 return _sum_before(plan, cut, place, parts)
 
-            return lax.cond(work.piece > 0, from_pieces, from_slot)
-
-        @pl.when(runs)
-        def _():
-            s = fold(group, start())
+            if handed_ref is None or half:
+                start = from_slot()
+            else:
+                start = lax.cond(work.piece > 0, from_pieces, from_slot)
+            s = fold(group, start, half)
 
             @pl.when(work.piece == work.pieces - 1)
             def _():
                 compat.store_from_registers(slot_state, s.astype(pool_ref.dtype))
 
+        @pl.when(runs)
+        def _():
+            go_through(place.columns(), 0)
+
+        if plan.parts % 2 == 0:
+
+            @pl.when(runs & place.is_pair)
+            def _():
+                go_through(place.columns(1), 1)
+
         @pl.when(has_rows & (work.slot == 0))
         def _():
-            o_part = o_ref.at[:, place.head, place.columns]
+            o_part = o_ref.at[:, place.head, place.columns()]
             nothing = jnp.zeros((ROWS, COLUMNS), o_ref.dtype)
             shared["o"][group] = plgpu.layout_cast(nothing, plgpu.Layout.WGMMA)
             plgpu.commit_smem()
@@ -219,22 +238,34 @@ def fold_segments(plan: Plan, cut: Cut, q_ref, k_ref, v_ref, *refs, shared) -> N
     in_roles(plan, feeder, compute)
 
 
-Roles = tuple[Callable[[], None], Callable[[int, jax.Array], jax.Array]]
+def _in_pairs(plan: Plan, cut: Cut, work: Work, tables: Tables) -> jax.Array:
+    """Whether a whole segment's blocks do two parts of V each, one after the other.
+
+    It saves half the blocks' starts, and is done where rows like these make pairs enough.
+    """
+    rows = tables.cu_seqlens[cut.segments]
+    pairs = plan.heads * plan.parts // 2
+    is_short = (work.end - work.begin) * plan.least_pairs <= rows * pairs
+    return is_short & (work.pieces == 1) & (work.slot != 0)
+
+
+Roles = tuple[Callable[[], None], Callable[..., jax.Array]]
 
 
 def _folding(plan: Plan, place: Place, refs, shared) -> Roles:
     """Of a piece's outputs: what the feeder does, and the state of a warpgroup behind it."""
     q_ref, k_ref, v_ref, o_ref = refs
-    head, steps = place.head, place.steps
-    o_part = o_ref.at[:, head, place.columns]
+    steps = place.steps
 
     def feeder():
-        sources = [(lambda rows: q_ref.at[rows, head], shared["q"]),
-                   (lambda rows: k_ref.at[rows, head], shared["k"]),
-                   (lambda rows: v_ref.at[rows, head, place.columns], shared["v"])]  # fmt: skip
+        sources = [(q_ref, shared["q"], False), (k_ref, shared["k"], False),
+                   (v_ref, shared["v"], True)]  # fmt: skip
         feed(plan, place, sources, shared["full"], shared["done"])
 
-    def fold(group, s):
+    def fold(group, s, half=0):
+        o_part = o_ref.at[:, place.head, place.columns(half)]
+        begin = half * steps.count
+
         def step(c, s):
             chunk = chunk_at(plan, place, c)
             s = scale_state(steps, chunk.before, s)
@@ -253,7 +284,7 @@ def _folding(plan: Plan, place: Place, refs, shared) -> Roles:
             plgpu.barrier_arrive(shared["done"].at[c % plan.stages])
             return scale_state(steps, chunk.after, s)
 
-        return lax.fori_loop(0, steps.count, step, s)
+        return lax.fori_loop(begin, begin + steps.count, step, s)
 
     return feeder, fold
 
@@ -261,11 +292,10 @@ def _folding(plan: Plan, place: Place, refs, shared) -> Roles:
 def _summing(plan: Plan, place: Place, refs, shared) -> Roles:
     """As `_folding`, without outputs."""
     k_ref, v_ref = refs
-    head, steps = place.head, place.steps
+    steps = place.steps
 
     def feeder():
-        sources = [(lambda rows: k_ref.at[rows, head], shared["k"]),
-                   (lambda rows: v_ref.at[rows, head, place.columns], shared["v"])]  # fmt: skip
+        sources = [(k_ref, shared["k"], False), (v_ref, shared["v"], True)]
         feed(plan, place, sources, shared["full_sums"], shared["done"])
 
     def add_up(group, s):

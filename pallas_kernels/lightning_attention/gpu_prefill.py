@@ -35,6 +35,8 @@ _SHARED_BYTES = 227 * 1024 - 512
 _MULTIPROCESSORS = 132
 # Of a span that a first piece has: as long as its outputs take, others add up a whole one.
 _FIRST_SHARE = 0.5
+# Blocks of two parts of V a multiprocessor, from which on they are made.
+_PAIRS = 1.9
 # Beyond, the state no longer fits in a warpgroup's registers.
 _MOST_KEYS = 256
 
@@ -64,6 +66,7 @@ def make_plan(heads: int, key_dim: int, value_dim: int, variant: Variant) -> Pla
         return None
     return Plan(
         heads, key_dim, value_dim // COLUMNS, groups, stages,
+        int(_PAIRS * (variant.blocks or _MULTIPROCESSORS)),
         variant.scale, variant.value_scale, variant.reverse,
     )  # fmt: skip
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 ALIGNED_ROWS = 8
 # A block looks at one entry of cu_seqlens fewer at a time: they do not wait for each other.
@@ -124,10 +125,13 @@ def locate(item: jax.Array, cut: Cut, cu_ref, slots_ref) -> Work:
     segment, piece = item - cut.windows, jnp.int32(0)
     if not cut.windows:
         return _work(cut, cu_ref, slots_ref, segment, piece)
-    cut_segment, before = _find_cut(item, cut, cu_ref)
-    is_behind = item < cut.windows
-    segment = jnp.where(is_behind, cut_segment, segment)
-    work = _work(cut, cu_ref, slots_ref, segment, jnp.where(is_behind, before + 1, piece))
+
+    def behind_cut():
+        segment, before = _find_cut(item, cut, cu_ref)
+        return segment, before + 1
+
+    where = lax.cond(item < cut.windows, behind_cut, lambda: (segment, piece))
+    work = _work(cut, cu_ref, slots_ref, *where)
     # The first kernel has done it.
     is_done = (work.piece == 0) & (work.pieces > 1) & (work.slot != 0)
     return work._replace(end=jnp.where(is_done, work.begin, work.end))

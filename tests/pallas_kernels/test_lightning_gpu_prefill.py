@@ -112,6 +112,21 @@ def test_a_long_segment_is_cut(rng, machine, size, beside):
 
 
 @MACHINES
+@pytest.mark.parametrize("size", [(64, 128), (128, 256)], ids=["64", "128"])
+def test_parts_of_v_in_pairs(rng, machine, size):
+    """Short segments' blocks do two parts each, longer ones' one."""
+    segments = [
+        Segment(3, 130), Segment(1, 0), Segment(2, 70, True), Segment(0, 20), Segment(5, 290),
+        Segment(4, 65, True),
+    ]  # fmt: skip
+    call = Call.random(rng, segments, [-0.004, -0.9, -3.0], *size, pads=3)
+    blocks = 4 if size[1] == 128 else 8
+    rows, pairs = sum(s.length for s in segments), 3 * size[1] // 128
+    assert 130 < rows * pairs / (1.9 * blocks) < 290
+    check(machine, call, races=size[0] == 64, blocks=blocks)
+
+
+@MACHINES
 @pytest.mark.parametrize("beside", ["NULL", "empty"])
 def test_a_long_segment_is_cut_token_by_token(rng, machine, beside):
     """As above where the matrix units are not used: V in three parts, rows of float32."""
