@@ -39,8 +39,6 @@ _COPIES = (64, 32, 16, 8, 4, 2, 1)
 class Plan(NamedTuple):
     """Static sizes: warpgroups that compute, and chunks in shared memory at once.
 
-    `least_pairs` is how many blocks there must be for each to do two parts of V.
-
     `scale` multiplies outputs, `value_scale` v. `reverse` runs from the last row to the first:
 
         E_i = exp(g) (E_{i+1} + ...) carried, o_i = scale (E_{i+1} + k_i v_i^T)^T q_i
@@ -53,7 +51,6 @@ class Plan(NamedTuple):
     parts: int
     groups: int
     stages: int
-    least_pairs: int
     scale: float = 1.0
     value_scale: float = 1.0
     reverse: bool = False

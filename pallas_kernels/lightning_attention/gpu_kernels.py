@@ -1,4 +1,4 @@
-"""The two kernels of the GPU prefill: `reach_cuts` and `fold_segments`, bodies of `plgpu.kernel`.
+"""The two kernels of the GPU prefill: `sum_pieces` and `fold_segments`, bodies of `plgpu.kernel`.
 
 See `gpu_prefill` for the formula, `gpu_work` for what a block works on and `gpu_chunks` for what
 its warpgroups do with a chunk and why that is safe.
@@ -7,7 +7,6 @@ its warpgroups do with a chunk and why that is safe.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,9 +33,11 @@ from pallas_kernels.lightning_attention.gpu_work import (
     ALIGNED_ROWS,
     Cut,
     Work,
-    before_cut,
-    handed_over,
+    beside_cut,
     locate,
+    piece_rows,
+    stored_start,
+    stored_sum,
 )
 
 plgpu = compat.mosaic_gpu()
@@ -58,17 +59,12 @@ class Tables(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a block works on: a piece, a head, and a part of V or a pair of parts."""
+    """What a block works on."""
 
     work: Work
     head: jax.Array
-    part: jax.Array
+    columns: Any
     steps: Steps
-    is_pair: Any = False
-
-    def columns(self, offset: Any = 0) -> Any:
-        """Those of V in the block's part, or in that behind it."""
-        return pl.ds(pl.multiple_of((self.part + offset) * COLUMNS, COLUMNS), COLUMNS)
 
 
 def item_of(plan: Plan) -> jax.Array:
@@ -84,13 +80,13 @@ def find_place(plan: Plan, work: Work, tables: Tables) -> Place:
     is_slow = -decay * (plan.chunk // 2) <= _MOST_EXPONENT
     stride = jnp.where(is_slow, plan.chunk, ALIGNED_ROWS)
     count = (work.end - work.start + stride - 1) // stride
-    return Place(work, head, part, Steps(decay * _LOG2_E, stride, stride // 2, count))
+    columns = pl.ds(pl.multiple_of(part * COLUMNS, COLUMNS), COLUMNS)
+    return Place(work, head, columns, Steps(decay * _LOG2_E, stride, stride // 2, count))
 
 
-def chunk_at(plan: Plan, place: Place, number: jax.Array) -> Chunk:
-    """A chunk in the order of the walk; numbers go on in the second part of a pair."""
+def chunk_at(plan: Plan, place: Place, c: jax.Array) -> Chunk:
+    """Chunk c in the order of the walk."""
     work, steps = place.work, place.steps
-    c = jnp.where(number < steps.count, number, number - steps.count)
     index = steps.count - 1 - c if plan.reverse else c
     first_row = work.start + index * steps.stride
     lo = jnp.maximum(work.begin - first_row, 0)
@@ -98,15 +94,14 @@ def chunk_at(plan: Plan, place: Place, number: jax.Array) -> Chunk:
     before, after = steps.middle + 1 - lo, hi - 1 - steps.middle
     if plan.reverse:
         before, after = after, before
-    return Chunk(number, first_row, lo, hi, before, after)
+    return Chunk(c, first_row, lo, hi, before, after)
 
 
 def feed(plan: Plan, place: Place, sources, full, done) -> None:
-    """Start the copies of every chunk; `sources` are (global reference, shared buffer, is v)."""
+    """Start the copies of every chunk; `sources` are (global rows -> reference, shared buffer)."""
     count = place.steps.count
-    total = jnp.where(place.is_pair, 2 * count, count)
 
-    @pl.loop(0, total)
+    @pl.loop(0, count)
     def _(c):
         stage = c % plan.stages
 
@@ -115,156 +110,112 @@ def feed(plan: Plan, place: Place, sources, full, done) -> None:
             plgpu.barrier_wait(done.at[stage])
 
         start = pl.multiple_of(chunk_at(plan, place, c).first_row, ALIGNED_ROWS)
-        rows = pl.ds(start, plan.chunk)
-        for source, target, is_v in sources:
-            columns = place.columns(jnp.where(c >= count, 1, 0)) if is_v else slice(None)
-            of_head = source.at[rows, place.head, columns]
-            plgpu.copy_gmem_to_smem(of_head, target.at[stage], full.at[stage])
+        for source, target in sources:
+            rows = source(pl.ds(start, plan.chunk))
+            plgpu.copy_gmem_to_smem(rows, target.at[stage], full.at[stage])
 
     # No arrival is left unobserved: the interpreter insists on it.
-    @pl.loop(jnp.maximum(total - plan.stages, 0), total)
+    @pl.loop(jnp.maximum(count - plan.stages, 0), count)
     def _(c):
         plgpu.barrier_wait(done.at[c % plan.stages])
 
 
-def reach_cuts(plan: Plan, cut: Cut, q_ref, k_ref, v_ref, *refs, shared) -> None:
-    """For each cut what the piece before it hands over.
+def sum_pieces(plan: Plan, cut: Cut, k_ref, v_ref, *refs, shared) -> None:
+    """For each cut the k^T w, from zero, of the piece that is walked towards it.
 
-    Of a segment's first piece the state behind it, and its outputs; of others k^T w from zero.
+    With a segment's first cut, what the segment starts from: its slot may be written before all
+    its pieces have begun.
     """
-    tables, (pool_ref, o_ref, handed_ref) = Tables(*refs[:4]), refs[-3:]
-    work = before_cut(item_of(plan), cut, tables.cu_seqlens, tables.slots)
+    *tables, pool_ref, sums_ref = refs
+    tables = Tables(*tables)
+    item = item_of(plan)
+    work = beside_cut(item + 1, cut, tables.cu_seqlens, tables.slots, behind=plan.reverse)
     place = find_place(plan, work, tables)
-    runs = (work.end > work.begin) & (work.slot != 0)
-    is_first = work.piece == 0
-
-    def state_part(ref, group):
-        return ref.at[place.head, pl.ds(group * plan.state_rows, plan.state_rows), place.columns()]
-
-    def start(group):
-        slot_state = state_part(pool_ref.at[work.slot], group)
-        return _enter(plan, tables.is_fresh[work.segment], slot_state)
-
-    def hand_over(group, s):
-        target = state_part(handed_ref.at[handed_over(work, work.piece)], group)
-        compat.store_from_registers(target, s)
-
-    feed_fold, fold = _folding(plan, place, (q_ref, k_ref, v_ref, o_ref), shared)
-    feed_sum, add_up = _summing(plan, place, (k_ref, v_ref), shared)
+    head, steps = place.head, place.steps
+    adds = (work.end > work.begin) & (work.slot != 0)
+    at_first_cut = work.piece == (1 if plan.reverse else 0)
 
     def feeder():
-        pl.when(runs & is_first)(feed_fold)
-        pl.when(runs & ~is_first)(feed_sum)
+        @pl.when(adds)
+        def _():
+            sources = [(lambda rows: k_ref.at[rows, head], shared["k"]),
+                       (lambda rows: v_ref.at[rows, head, place.columns], shared["v"])]  # fmt: skip
+            feed(plan, place, sources, shared["full"], shared["done"])
 
     def compute(group):
-        @pl.when(runs & is_first)
-        def _():
-            hand_over(group, fold(group, start(group)))
+        state_rows = pl.ds(group * plan.state_rows, plan.state_rows)
+        sums_part = sums_ref.at[:, head, state_rows, place.columns]
 
-        @pl.when(runs & ~is_first)
-        def _():
-            hand_over(group, add_up(group, _no_state(plan)))
+        def step(c, s):
+            chunk = chunk_at(plan, place, c)
+            stage = c % plan.stages
+            s = scale_state(steps, chunk.before, s)
+            plgpu.barrier_wait(shared["full"].at[stage])
+            clear_keys(plan, chunk, group, shared["k"])
+            weigh_values(plan, steps, chunk, group, shared["v"])
+            plgpu.commit_smem()
+            _meet(plan, shared)
+            keys = shared["k"].at[stage, :, state_rows].transpose((1, 0))
 
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            def product(acc):
+                plgpu.wgmma(acc, keys, shared["v"].at[stage])
+                return acc[...]
+
+            s = s + pl.run_scoped(product, plgpu.ACC((plan.state_rows, COLUMNS), jnp.float32))
+            plgpu.barrier_arrive(shared["done"].at[stage])
+            return scale_state(steps, chunk.after, s)
+
+        @pl.when(adds & at_first_cut)
+        def _():
+            slot_state = pool_ref.at[work.slot, head, state_rows, place.columns]
+            s = _enter(plan, tables.is_fresh[work.segment], slot_state)
+            compat.store_from_registers(sums_part.at[stored_start(cut, work)], s)
+
+        @pl.when(adds)
+        def _():
+            s = lax.fori_loop(0, steps.count, step, _no_state(plan))
+            sum_place = stored_sum(work, work.piece, plan.reverse)
+            compat.store_from_registers(sums_part.at[sum_place], s)
 
     in_roles(plan, feeder, compute)
 
 
 def fold_segments(plan: Plan, cut: Cut, q_ref, k_ref, v_ref, *refs, shared) -> None:
-    """Outputs of every row, and each segment's state from its slot to its slot.
-
-    Less what `reach_cuts` has done.
-    """
+    """Outputs of every row, and each segment's state from its slot to its slot."""
     tables, (pool_ref, o_ref) = Tables(*refs[:4]), refs[-2:]
-    handed_ref: Any = refs[4] if cut.windows else None
+    sums_ref: Any = refs[4] if cut.windows else None
     work = locate(item_of(plan), cut, tables.cu_seqlens, tables.slots)
     place = find_place(plan, work, tables)
-    if plan.parts % 2 == 0:
-        place = place._replace(is_pair=_in_pairs(plan, cut, work, tables))
-    is_done = place.is_pair & (place.part % 2 == 1)
+    head, steps = place.head, place.steps
+    o_part = o_ref.at[:, head, place.columns]
     has_rows = work.end > work.begin
-    runs = has_rows & (work.slot != 0) & ~is_done
-    feed_fold, fold = _folding(plan, place, (q_ref, k_ref, v_ref, o_ref), shared)
+    runs = has_rows & (work.slot != 0)
 
     def feeder():
-        pl.when(runs)(feed_fold)
+        @pl.when(runs)
+        def _():
+            sources = [(lambda rows: q_ref.at[rows, head], shared["q"]),
+                       (lambda rows: k_ref.at[rows, head], shared["k"]),
+                       (lambda rows: v_ref.at[rows, head, place.columns], shared["v"])]  # fmt: skip
+            feed(plan, place, sources, shared["full"], shared["done"])
 
     def compute(group):
         state_rows = pl.ds(group * plan.state_rows, plan.state_rows)
+        slot_state = pool_ref.at[work.slot, head, state_rows, place.columns]
 
-        def go_through(columns, half):
-            slot_state = pool_ref.at[work.slot, place.head, state_rows, columns]
-
+        def start():
             def from_slot():
                 return _enter(plan, tables.is_fresh[work.segment], slot_state)
 
+            if sums_ref is None:
+                return from_slot()
+
             def from_pieces():
-                parts = handed_ref.at[:, place.head, state_rows, columns]
-                return _sum_before(plan, cut, place, parts)
+                return _sum_before(
+                    plan, cut, place, sums_ref.at[:, head, state_rows, place.columns]
+                )
 
-            if handed_ref is None or half:
-                start = from_slot()
-            else:
-                start = lax.cond(work.piece > 0, from_pieces, from_slot)
-            s = fold(group, start, half)
-
-            @pl.when(work.piece == work.pieces - 1)
-            def _():
-                compat.store_from_registers(slot_state, s.astype(pool_ref.dtype))
-
-        @pl.when(runs)
-        def _():
-            go_through(place.columns(), 0)
-
-        if plan.parts % 2 == 0:
-
-            @pl.when(runs & place.is_pair)
-            def _():
-                go_through(place.columns(1), 1)
-
-        @pl.when(has_rows & (work.slot == 0))
-        def _():
-            o_part = o_ref.at[:, place.head, place.columns()]
-            nothing = jnp.zeros((ROWS, COLUMNS), o_ref.dtype)
-            shared["o"][group] = plgpu.layout_cast(nothing, plgpu.Layout.WGMMA)
-            plgpu.commit_smem()
-
-            @pl.loop(0, place.steps.count)
-            def _(c):
-                store_rows(chunk_at(plan, place, c), group, shared["o"], o_part)
-
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    in_roles(plan, feeder, compute)
-
-
-def _in_pairs(plan: Plan, cut: Cut, work: Work, tables: Tables) -> jax.Array:
-    """Whether a whole segment's blocks do two parts of V each, one after the other.
-
-    It saves half the blocks' starts, and is done where rows like these make pairs enough.
-    """
-    rows = tables.cu_seqlens[cut.segments]
-    pairs = plan.heads * plan.parts // 2
-    is_short = (work.end - work.begin) * plan.least_pairs <= rows * pairs
-    return is_short & (work.pieces == 1) & (work.slot != 0)
-
-
-Roles = tuple[Callable[[], None], Callable[..., jax.Array]]
-
-
-def _folding(plan: Plan, place: Place, refs, shared) -> Roles:
-    """Of a piece's outputs: what the feeder does, and the state of a warpgroup behind it."""
-    q_ref, k_ref, v_ref, o_ref = refs
-    steps = place.steps
-
-    def feeder():
-        sources = [(q_ref, shared["q"], False), (k_ref, shared["k"], False),
-                   (v_ref, shared["v"], True)]  # fmt: skip
-        feed(plan, place, sources, shared["full"], shared["done"])
-
-    def fold(group, s, half=0):
-        o_part = o_ref.at[:, place.head, place.columns(half)]
-        begin = half * steps.count
+            return lax.cond(work.pieces > 1, from_pieces, from_slot)
 
         def step(c, s):
             chunk = chunk_at(plan, place, c)
@@ -284,58 +235,46 @@ def _folding(plan: Plan, place: Place, refs, shared) -> Roles:
             plgpu.barrier_arrive(shared["done"].at[c % plan.stages])
             return scale_state(steps, chunk.after, s)
 
-        return lax.fori_loop(begin, begin + steps.count, step, s)
+        @pl.when(runs)
+        def _():
+            s = lax.fori_loop(0, steps.count, step, start())
 
-    return feeder, fold
+            @pl.when(_is_last(plan, work))
+            def _():
+                compat.store_from_registers(slot_state, s.astype(pool_ref.dtype))
 
-
-def _summing(plan: Plan, place: Place, refs, shared) -> Roles:
-    """As `_folding`, without outputs."""
-    k_ref, v_ref = refs
-    steps = place.steps
-
-    def feeder():
-        sources = [(k_ref, shared["k"], False), (v_ref, shared["v"], True)]
-        feed(plan, place, sources, shared["full_sums"], shared["done"])
-
-    def add_up(group, s):
-        state_rows = pl.ds(group * plan.state_rows, plan.state_rows)
-
-        def step(c, s):
-            chunk = chunk_at(plan, place, c)
-            stage = c % plan.stages
-            s = scale_state(steps, chunk.before, s)
-            plgpu.barrier_wait(shared["full_sums"].at[stage])
-            clear_keys(plan, chunk, group, shared["k"])
-            weigh_values(plan, steps, chunk, group, shared["v"])
+        @pl.when(has_rows & (work.slot == 0))
+        def _():
+            nothing = jnp.zeros((ROWS, COLUMNS), o_ref.dtype)
+            shared["o"][group] = plgpu.layout_cast(nothing, plgpu.Layout.WGMMA)
             plgpu.commit_smem()
-            _meet(plan, shared)
-            keys = shared["k"].at[stage, :, state_rows].transpose((1, 0))
 
-            def product(acc):
-                plgpu.wgmma(acc, keys, shared["v"].at[stage])
-                return acc[...]
+            @pl.loop(0, steps.count)
+            def _(c):
+                store_rows(chunk_at(plan, place, c), group, shared["o"], o_part)
 
-            s = s + pl.run_scoped(product, plgpu.ACC((plan.state_rows, COLUMNS), jnp.float32))
-            plgpu.barrier_arrive(shared["done"].at[stage])
-            return scale_state(steps, chunk.after, s)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        return lax.fori_loop(0, steps.count, step, s)
-
-    return feeder, add_up
+    in_roles(plan, feeder, compute)
 
 
-def _sum_before(plan: Plan, cut: Cut, place: Place, handed_ref) -> jax.Array:
-    """The state a piece starts from: that behind the first piece, and what those since then add."""
+def _sum_before(plan: Plan, cut: Cut, place: Place, sums_ref) -> jax.Array:
+    """The state a piece starts from: the segment's own, and what the pieces before it add."""
     work = place.work
 
-    def load(piece):
-        return _load_state(plan, handed_ref.at[handed_over(work, piece)])
+    def then(step, s):
+        piece = work.pieces - 1 - step if plan.reverse else step
+        _, begin, end = piece_rows(cut, work.first_row, work.last_row, piece)
+        added = _load_state(plan, sums_ref.at[stored_sum(work, piece, plan.reverse)])
+        return scale_state(place.steps, end - begin, s) + added
 
-    def then(piece, s):
-        return scale_state(place.steps, jnp.int32(cut.span), s) + load(piece)
+    before = work.pieces - 1 - work.piece if plan.reverse else work.piece
+    return lax.fori_loop(0, before, then, _load_state(plan, sums_ref.at[stored_start(cut, work)]))
 
-    return lax.fori_loop(1, work.piece, then, load(0))
+
+def _is_last(plan: Plan, work: Work) -> jax.Array:
+    """Whether a piece is its segment's last in the order of the walk."""
+    return work.piece == (0 if plan.reverse else work.pieces - 1)
 
 
 def in_roles(plan: Plan, feeder, compute) -> None:

@@ -11,8 +11,8 @@ everything is put on the scale of row m, so that the scores need no decay but on
 
 Factors stay within exp(+-64), which bfloat16 holds: heads that forget faster take 8 rows at a time.
 
-Segments too few to fill the GPU are cut (`gpu_work`): a first kernel folds each one's first piece
-and sums up k^T w of others, the second starts each later piece from what those before it add up to.
+Segments too few to fill the GPU are cut (`gpu_work`): a first kernel sums up k^T w of each piece,
+the second adds the sums of the pieces before its own to the state it starts from.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import compat
 from pallas_kernels.lightning_attention.gpu_chunks import COLUMNS, ROWS, Plan
-from pallas_kernels.lightning_attention.gpu_kernels import fold_segments, reach_cuts
+from pallas_kernels.lightning_attention.gpu_kernels import fold_segments, sum_pieces
 from pallas_kernels.lightning_attention.gpu_work import ALIGNED_ROWS, Segments, cut
 
 plgpu = compat.mosaic_gpu()
@@ -33,10 +33,6 @@ plgpu = compat.mosaic_gpu()
 # Shared memory of a block on Hopper, less what barriers take.
 _SHARED_BYTES = 227 * 1024 - 512
 _MULTIPROCESSORS = 132
-# Of a span that a first piece has: as long as its outputs take, others add up a whole one.
-_FIRST_SHARE = 0.5
-# Blocks of two parts of V a multiprocessor, from which on they are made.
-_PAIRS = 1.9
 # Beyond, the state no longer fits in a warpgroup's registers.
 _MOST_KEYS = 256
 
@@ -66,7 +62,6 @@ def make_plan(heads: int, key_dim: int, value_dim: int, variant: Variant) -> Pla
         return None
     return Plan(
         heads, key_dim, value_dim // COLUMNS, groups, stages,
-        int(_PAIRS * (variant.blocks or _MULTIPROCESSORS)),
         variant.scale, variant.value_scale, variant.reverse,
     )  # fmt: skip
 
@@ -108,53 +103,47 @@ def run(
         q, k, v = (jnp.pad(x, ((0, missing), (0, 0), (0, 0))) for x in (q, k, v))
     num_segments = segments.slots.shape[0]
     blocks = variant.blocks or _MULTIPROCESSORS
-    work = cut(
-        rows + missing, num_segments, heads * plan.parts, plan.chunk, blocks, _FIRST_SHARE,
-        reverse=variant.reverse,
-    )  # fmt: skip
+    work = cut(rows + missing, num_segments, heads * plan.parts, plan.chunk, blocks)
     pool = jax.new_ref(state)
-    rows_out = jax.ShapeDtypeStruct(v.shape, v.dtype)
-    arrays = (q, k, v, log_decay, *segments)
+    sums = ()
+    if work.windows:
+        shape = jax.ShapeDtypeStruct((work.stored, *state.shape[1:]), jnp.float32)
+
+        def lightning_prefill_sums(*refs, **shared):
+            sum_pieces(plan, work, *refs, shared=shared)
+
+        summing = _kernel(lightning_prefill_sums, plan, work.windows, shape, q=False)
+        sums = (summing(k, v, log_decay, *segments, pool),)
 
     def lightning_prefill_fold(*refs, **shared):
         fold_segments(plan, work, *refs, shared=shared)
 
-    if not work.windows:
-        o = _kernel(lightning_prefill_fold, plan, work.items, rows_out)(*arrays, pool)
-        return o[:rows], jax.freeze(pool)
-
-    def lightning_prefill_cuts(*refs, **shared):
-        reach_cuts(plan, work, *refs, shared=shared)
-
-    handed = jax.ShapeDtypeStruct((work.windows, *state.shape[1:]), jnp.float32)
-    reaching = _kernel(lightning_prefill_cuts, plan, work.windows, (rows_out, handed), sums=True)
-    o, handed = reaching(*arrays, pool)
-    o = jax.new_ref(o)
-    _kernel(lightning_prefill_fold, plan, work.items, ())(*arrays, handed, pool, o)
-    return jax.freeze(o)[:rows], jax.freeze(pool)
+    shape = jax.ShapeDtypeStruct(v.shape, v.dtype)
+    folding = _kernel(lightning_prefill_fold, plan, work.items, shape, q=True)
+    o = folding(q, k, v, log_decay, *segments, *sums, pool)
+    return o[:rows], jax.freeze(pool)
 
 
-def _kernel(body, plan: Plan, items: int, out_type, *, sums: bool = False):
-    """`body(*refs, **shared)` over items, heads and parts of V; `sums`: some without outputs."""
+def _kernel(body, plan: Plan, items: int, out_type: jax.ShapeDtypeStruct, *, q: bool):
+    """`body(*refs, **shared)` over all items, heads and parts of V; `q`: with outputs of rows."""
     chunk, stages = plan.chunk, plan.stages
     for_wgmma = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     tiled = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=for_wgmma)
     shared = {
-        "q": tiled((stages, chunk, plan.key_dim)),
         "k": tiled((stages, chunk, plan.key_dim)),
         "v": tiled((stages, chunk, COLUMNS)),
-        "s": tiled((2, plan.key_dim, COLUMNS)),
-        # Not tiled: copies of any number of rows start at any row.
-        "o": plgpu.SMEM((plan.groups, ROWS, COLUMNS), jnp.bfloat16),
-        "full": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+        "full": plgpu.Barrier(num_arrivals=3 if q else 2, num_barriers=stages),
         "done": plgpu.Barrier(num_arrivals=plan.groups, num_barriers=stages),
     }
-    if sums:
-        shared["full_sums"] = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
     if plan.groups > 1:
         shared["met"] = plgpu.Barrier(num_arrivals=plan.groups)
-    if compat.is_interpreting_mosaic_gpu():
-        shared["scores"] = plgpu.SMEM((plan.groups, ROWS, chunk), jnp.bfloat16)
+    if q:
+        shared["q"] = tiled((stages, chunk, plan.key_dim))
+        shared["s"] = tiled((2, plan.key_dim, COLUMNS))
+        # Not tiled: copies of any number of rows start at any row.
+        shared["o"] = plgpu.SMEM((plan.groups, ROWS, COLUMNS), out_type.dtype)
+        if compat.is_interpreting_mosaic_gpu():
+            shared["scores"] = plgpu.SMEM((plan.groups, ROWS, chunk), jnp.bfloat16)
     return plgpu.kernel(
         body,
         out_type=out_type,

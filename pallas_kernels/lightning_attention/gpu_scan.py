@@ -5,8 +5,8 @@
 For what the matrix units do not take (`gpu_prefill`): float32 rows, and head sizes that are no
 multiples of 64. One block a (piece of a segment, head, part of V), its part of the state in
 registers as in `gpu_decode`; the copy engine brings the next rows of q, k and v while these are
-folded. Segments too few to fill the GPU are cut (`gpu_work`): a first kernel folds each one's first
-piece, others from zero, the second starts each later piece from what those before it add up to.
+folded. Segments too few to fill the GPU are cut (`gpu_work`): a first kernel folds each piece from
+zero, the second starts each from the weighted sum of those before it.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from pallas_kernels.lightning_attention.gpu_work import (
     Cut,
     Segments,
     Work,
-    before_cut,
+    beside_cut,
     cut,
-    handed_over,
     locate,
+    piece_rows,
+    stored_start,
+    stored_sum,
 )
 
 plgpu = compat.mosaic_gpu()
@@ -45,8 +47,6 @@ _ROWS, _STAGES, _ENTRIES = 16, 2, 32
 # That one long segment is cut for: several a multiprocessor, of which one computes while others
 # wait for a sum.
 _BLOCKS = 528
-# Of a span that a first piece has: its outputs take four fifths of the time.
-_FIRST_SHARE = 0.25
 
 
 class Plan(NamedTuple):
@@ -100,41 +100,36 @@ def run(
     if tile is None:
         raise ValueError(f"no register tile for a state of {key_dim} by {value_dim}")
     parts = value_dim // tile.columns
-    work = cut(rows, segments.slots.shape[0], heads * parts, _ROWS, blocks or _BLOCKS, _FIRST_SHARE)
+    work = cut(rows, segments.slots.shape[0], heads * parts, _ROWS, blocks or _BLOCKS)
     plan = Plan(tile, work, heads, key_dim, parts, min(_ROWS, rows))
     pool = jax.new_ref(state)
-    rows_out = jax.ShapeDtypeStruct(v.shape, v.dtype)
-    arrays = (q, k, v, log_decay, *segments)
+    sums = ()
+    if work.windows:
+
+        def lightning_prefill_scan_sums(*refs, **shared):
+            sum_pieces(plan, *refs, shared=shared)
+
+        shape = jax.ShapeDtypeStruct((work.stored, *state.shape[1:]), jnp.float32)
+        summing = _kernel(lightning_prefill_scan_sums, plan, work.windows, shape, {"k": k, "v": v})
+        sums = (summing(k, v, log_decay, *segments, pool),)
 
     def lightning_prefill_scan(*refs, **shared):
         fold_segments(plan, scale, *refs, shared=shared)
 
-    if not work.windows:
-        o = _kernel(lightning_prefill_scan, plan, work.items, rows_out, arrays)(*arrays, pool)
-        return o, jax.freeze(pool)
-
-    def lightning_prefill_scan_cuts(*refs, **shared):
-        reach_cuts(plan, scale, *refs, shared=shared)
-
-    handed = jax.ShapeDtypeStruct((work.windows, *state.shape[1:]), jnp.float32)
-    reaching = _kernel(
-        lightning_prefill_scan_cuts, plan, work.windows, (rows_out, handed), arrays, sums=True
-    )
-    o, handed = reaching(*arrays, pool)
-    o = jax.new_ref(o)
-    _kernel(lightning_prefill_scan, plan, work.items, (), arrays)(*arrays, handed, pool, o)
-    return jax.freeze(o), jax.freeze(pool)
+    shape = jax.ShapeDtypeStruct(v.shape, v.dtype)
+    folding = _kernel(lightning_prefill_scan, plan, work.items, shape, {"q": q, "k": k, "v": v})
+    return folding(q, k, v, log_decay, *segments, *sums, pool), jax.freeze(pool)
 
 
-def _kernel(body, plan: Plan, items: int, out_type, arrays, *, sums: bool = False):
-    """`body(*refs, **shared)` over items, heads and parts of V; `sums`: some without outputs."""
+def _kernel(
+    body, plan: Plan, items: int, out_type: jax.ShapeDtypeStruct, rows: dict[str, jax.Array]
+):
+    """`body(*refs, **shared)` over all items, heads and parts of V; `rows` pass shared memory."""
     shared: dict[str, Any] = {}
-    for name, array in zip("qkv", arrays, strict=False):
+    for name, array in rows.items():
         width = plan.tile.columns if name == "v" else plan.key_dim
         shared[name] = plgpu.SMEM((_STAGES, plan.rows_at_once, width), array.dtype)
-    shared["full"] = plgpu.Barrier(num_arrivals=3, num_barriers=_STAGES)
-    if sums:
-        shared["full_sums"] = plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES)
+    shared["full"] = plgpu.Barrier(num_arrivals=len(rows), num_barriers=_STAGES)
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -144,60 +139,56 @@ def _kernel(body, plan: Plan, items: int, out_type, arrays, *, sums: bool = Fals
     )
 
 
-def reach_cuts(
-    plan: Plan, scale, q_ref, k_ref, v_ref, g_ref, slots_ref, cu_ref, fresh_ref, *refs, shared
+def sum_pieces(
+    plan: Plan, k_ref, v_ref, g_ref, slots_ref, cu_ref, fresh_ref, pool_ref, sums_ref, *, shared
 ) -> None:
-    """For each cut what the piece before it hands over.
+    """For each cut the fold from zero of the piece before it.
 
-    Of a segment's first piece the state behind it, and its outputs; of others the fold from zero.
+    With a segment's first cut, what the segment starts from: its slot may be written before all
+    its pieces have begun.
     """
-    pool_ref, o_ref, handed_ref = refs
-    work = before_cut(_item_of(plan), plan.cut, cu_ref, slots_ref)
+    work = beside_cut(_item_of(plan) + 1, plan.cut, cu_ref, slots_ref, behind=False)
     place = _find_place(plan, work, g_ref)
-    runs = (work.end > work.begin) & (work.slot != 0)
-    sources = {"q": q_ref, "k": k_ref, "v": v_ref}
+    adds = (work.end > work.begin) & (work.slot != 0)
+    sums_part = sums_ref.at[:, place.head, :, place.columns]
 
-    def hand_over(s):
-        target = handed_ref.at[handed_over(work, work.piece), place.head, :, place.columns]
-        compat.store_from_registers(target, s)
-
-    @pl.when(runs & (work.piece == 0))
+    @pl.when(adds & (work.piece == 0))
     def _():
         slot_state = pool_ref.at[work.slot, place.head, :, place.columns]
-        start = _enter(plan, fresh_ref[work.segment], slot_state)
-        hand_over(_fold(plan, place, sources, shared, start, _putter(place, o_ref, scale)))
+        s = _enter(plan, fresh_ref[work.segment], slot_state)
+        compat.store_from_registers(sums_part.at[stored_start(plan.cut, work)], s)
 
-    @pl.when(runs & (work.piece > 0))
+    @pl.when(adds)
     def _():
-        hand_over(_fold(plan, place, sources, shared, _no_state(plan)))
+        s = _fold(plan, place, {"k": k_ref, "v": v_ref}, shared, _no_state(plan))
+        compat.store_from_registers(sums_part.at[stored_sum(work, work.piece, reverse=False)], s)
 
 
 def fold_segments(
     plan: Plan, scale, q_ref, k_ref, v_ref, g_ref, slots_ref, cu_ref, fresh_ref, *refs, shared
 ) -> None:
-    """Outputs of every row, and each segment's state from its slot to its slot.
-
-    Less what `reach_cuts` has done.
-    """
-    *handed, pool_ref, o_ref = refs
+    """Outputs of every row, and each segment's state from its slot to its slot."""
+    *sums, pool_ref, o_ref = refs
     work = locate(_item_of(plan), plan.cut, cu_ref, slots_ref)
     place = _find_place(plan, work, g_ref)
     slot_state = pool_ref.at[work.slot, place.head, :, place.columns]
-    put = _putter(place, o_ref, scale)
+
+    def put(row, o):
+        compat.store_from_registers(o_ref.at[row, place.head, place.columns], o.astype(o_ref.dtype))
 
     def start():
         def from_slot():
             return _enter(plan, fresh_ref[work.segment], slot_state)
 
-        if not handed:
+        if not sums:
             return from_slot()
-        part = handed[0].at[:, place.head, :, place.columns]
-        return lax.cond(work.piece > 0, lambda: _sum_before(plan, place, part), from_slot)
+        part = sums[0].at[:, place.head, :, place.columns]
+        return lax.cond(work.pieces > 1, lambda: _sum_before(plan, place, part), from_slot)
 
     @pl.when((work.slot != 0) & (work.end > work.begin))
     def _():
         sources = {"q": q_ref, "k": k_ref, "v": v_ref}
-        s = _fold(plan, place, sources, shared, start(), put)
+        s = _fold(plan, place, sources, shared, start(), lambda row, o: put(row, scale * o))
 
         @pl.when(work.piece == work.pieces - 1)
         def _():
@@ -210,16 +201,6 @@ def fold_segments(
         @pl.loop(work.begin, work.end)
         def _(row):
             put(row, plgpu.layout_cast(nothing, register_layout(plan.tile).reduce(0)))
-
-
-def _putter(place: Place, o_ref, scale: float) -> Callable[[jax.Array, jax.Array], None]:
-    """`put(row, S^T q)`: the output of a row."""
-
-    def put(row, o):
-        target = o_ref.at[row, place.head, place.columns]
-        compat.store_from_registers(target, (scale * o).astype(o_ref.dtype))
-
-    return put
 
 
 def _item_of(plan: Plan) -> jax.Array:
@@ -240,20 +221,19 @@ def _fold(
     start: jax.Array,
     put: Callable[[jax.Array, jax.Array], None] | None = None,
 ) -> jax.Array:
-    """The state after a piece's rows; `put(row, S^T q)` after each, or q is not read."""
+    """The state after a piece's rows; `put(row, S^T q)` after each, where `sources` have q."""
     work, at_once = place.work, plan.rows_at_once
     chunks = (work.end - work.begin + at_once - 1) // at_once
     layout = register_layout(plan.tile)
     forgotten = expm1(place.log_decay)
-    names, full = ("qkv", shared["full"]) if put is not None else ("kv", shared["full_sums"])
 
     def feed(c):
         rows, stage = pl.ds(work.begin + c * at_once, at_once), c % _STAGES
-        for name in names:
-            of_head = sources[name].at[rows, place.head]
-            if name == "v":
-                of_head = of_head.at[:, place.columns]
-            plgpu.copy_gmem_to_smem(of_head, shared[name].at[stage], full.at[stage])
+        for name, ref in sources.items():
+            of_head = (
+                ref.at[rows, place.head, place.columns] if name == "v" else ref.at[rows, place.head]
+            )
+            plgpu.copy_gmem_to_smem(of_head, shared[name].at[stage], shared["full"].at[stage])
 
     def vector(name, stage, row, axis):
         x = plgpu.load(shared[name].at[stage, row], layout=layout.reduce(axis), optimized=False)
@@ -261,7 +241,7 @@ def _fold(
 
     def chunk(c, s):
         stage, first_row = c % _STAGES, work.begin + c * at_once
-        plgpu.barrier_wait(full.at[stage])
+        plgpu.barrier_wait(shared["full"].at[stage])
 
         def token(row, s):
             added = vector("k", stage, row, 1) * vector("v", stage, row, 0)
@@ -281,18 +261,18 @@ def _fold(
     return lax.fori_loop(0, chunks, chunk, start)
 
 
-def _sum_before(plan: Plan, place: Place, handed_ref) -> jax.Array:
-    """The state a piece starts from: that behind the first piece, and what those since then add."""
+def _sum_before(plan: Plan, place: Place, sums_ref) -> jax.Array:
+    """The state a piece starts from: the segment's own, and what the pieces before it add."""
     work = place.work
-    forgotten = expm1(place.log_decay * plan.cut.span)
-
-    def load(piece):
-        return _load_state(plan, handed_ref.at[handed_over(work, piece)])
 
     def then(piece, s):
-        return s + forgotten * s + load(piece)
+        _, begin, end = piece_rows(plan.cut, work.first_row, work.last_row, piece)
+        forgotten = expm1(place.log_decay * (end - begin).astype(jnp.float32))
+        added = _load_state(plan, sums_ref.at[stored_sum(work, piece, reverse=False)])
+        return s + forgotten * s + added
 
-    return lax.fori_loop(1, work.piece, then, load(0))
+    start = _load_state(plan, sums_ref.at[stored_start(plan.cut, work)])
+    return lax.fori_loop(0, work.piece, then, start)
 
 
 def _load_state(plan: Plan, ref) -> jax.Array:

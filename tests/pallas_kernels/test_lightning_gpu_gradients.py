@@ -35,7 +35,7 @@ def test_gradients_are_those_of_train(rng, machine):
     call = Call.random(rng, segments, [-0.004], 64, 64)
     call.state = normal(rng, call.state.shape, "float32")
     weights = normal(rng, call.v.shape, "float32"), normal(rng, call.state.shape, "float32")
-    assert cut(len(call.q), len(segments), 1, 64, 2, 0.5).windows
+    assert cut(len(call.q), len(segments), 1, 64, 2).windows
     with on(machine):
         of_kernels = weighted(call, gpu_grad.lightning_prefill, weights, blocks=2)
         got = jax.jit(jax.grad(of_kernels, argnums=(0, 1, 2, 4)))(*call.arrays)

@@ -105,24 +105,9 @@ def test_a_long_segment_is_cut(rng, machine, size, beside):
     call.state *= 100
     # The long one makes three pieces.
     blocks = 8 if short in [s.length for s in segments] else 4
-    shares = cut(len(call.q), len(segments), 1, size[0], blocks, 0.5)
+    shares = cut(len(call.q), len(segments), 1, size[0], blocks)
     assert shares.windows
     assert long // 3 < shares.span < long // 2
-    check(machine, call, races=size[0] == 64, blocks=blocks)
-
-
-@MACHINES
-@pytest.mark.parametrize("size", [(64, 128), (128, 256)], ids=["64", "128"])
-def test_parts_of_v_in_pairs(rng, machine, size):
-    """Short segments' blocks do two parts each, longer ones' one."""
-    segments = [
-        Segment(3, 130), Segment(1, 0), Segment(2, 70, True), Segment(0, 20), Segment(5, 290),
-        Segment(4, 65, True),
-    ]  # fmt: skip
-    call = Call.random(rng, segments, [-0.004, -0.9, -3.0], *size, pads=3)
-    blocks = 4 if size[1] == 128 else 8
-    rows, pairs = sum(s.length for s in segments), 3 * size[1] // 128
-    assert 130 < rows * pairs / (1.9 * blocks) < 290
     check(machine, call, races=size[0] == 64, blocks=blocks)
 
 
@@ -137,7 +122,7 @@ def test_a_long_segment_is_cut_token_by_token(rng, machine, beside):
     call = Call.random(rng, segments, [-0.02], 64, 48, pads=20, dtype="float32")
     call.state *= 100
     # The long one makes three pieces, the short one one.
-    shares = cut(len(call.q), len(segments), 3, 16, 12, 0.25)
+    shares = cut(len(call.q), len(segments), 3, 16, 12)
     assert (shares.span, shares.windows) == (64, 3)
     o, after = run(machine, call, races=True, blocks=12)
     call.check(o, after, "lightning", "lightning")

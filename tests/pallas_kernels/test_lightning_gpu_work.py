@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from pallas_kernels.lightning_attention.gpu_work import (
     Cut,
     Work,
-    before_cut,
+    beside_cut,
     cut,
-    handed_over,
     locate,
+    stored_start,
+    stored_sum,
     whole,
 )
 
@@ -26,33 +27,27 @@ ROWS = 600
 
 
 @functools.cache
-def compiled(shares: Cut, kernel: int):
-    """cu_seqlens, slots -> the work of every block of the first or the second kernel."""
-    find, number = ((before_cut, shares.windows), (locate, shares.items))[kernel - 1]
-    return jax.jit(
-        lambda cu, slots: jax.vmap(lambda i: find(i, shares, cu, slots))(jnp.arange(number))
-    )
+def compiled(shares: Cut, behind: bool | None = None):
+    """cu_seqlens -> the work of every item, or beside every cut."""
+    slots = jnp.arange(1, shares.segments + 1)
+
+    def work(item, cu):
+        if behind is None:
+            return locate(item, shares, cu, slots)
+        return beside_cut(item + 1, shares, cu, slots, behind=behind)
+
+    number = shares.items if behind is None else shares.windows
+    return jax.jit(lambda cu: jax.vmap(lambda i: work(i, cu))(jnp.arange(number)))
 
 
-def work_of(
-    shares: Cut, cu: list[int], kernel: int = 2, slots: list[int] | None = None
-) -> list[Work]:
-    """As plain numbers; slots are 1, 2, ... if not given."""
-    slots = slots or list(range(1, shares.segments + 1))
-    arrays = jnp.array(cu, jnp.int32), jnp.array(slots, jnp.int32)
-    columns = np.asarray(compiled(shares, kernel)(*arrays)).tolist()
-    return [work for work in (Work(*row) for row in zip(*columns, strict=True)) if has_rows(work)]
+def work_of(shares: Cut, cu: list[int], behind: bool | None = None) -> list[Work]:
+    """As plain numbers."""
+    columns = np.asarray(compiled(shares, behind)(jnp.array(cu, jnp.int32))).tolist()
+    return [Work(*row) for row in zip(*columns, strict=True)]
 
 
-def has_rows(work: Work) -> bool:
-    return bool(work.end > work.begin)
-
-
-def shares_of(segments: int, span: int, first: int, reverse: bool = False) -> Cut:
-    if not span:
-        return whole(ROWS, segments)
-    made = Cut(ROWS, segments, span, first, 0, reverse)
-    return made._replace(windows=(ROWS - made.least) // span + 1)
+def shares_of(segments: int, span: int) -> Cut:
+    return Cut(ROWS, segments, span, (ROWS - 1) // span) if span else whole(ROWS, segments)
 
 
 @st.composite
@@ -64,96 +59,72 @@ def layouts(draw):
     return np.minimum(np.cumsum([0, *lengths]), ROWS).tolist()
 
 
-SPANS = st.sampled_from([(0, 0), (32, 16), (64, 16), (64, 32)])
-
-
-@settings(max_examples=200, deadline=None)
-@given(layouts(), SPANS, st.booleans(), st.data())
-def test_every_row_is_in_one_piece(cu, span_and_first, reverse, data):
-    """Of either kernel, NULL segments in the second one alone."""
-    span, first = span_and_first
+@settings(max_examples=100, deadline=None)
+@given(layouts(), st.sampled_from([0, 32, 64]))
+def test_every_row_is_in_one_piece(cu, span):
     segments = len(cu) - 1
-    shares = shares_of(segments, span, first, reverse)
-    null = data.draw(st.lists(st.booleans(), min_size=segments, max_size=segments))
-    slots = [0 if is_null else i + 1 for i, is_null in enumerate(null)]
-    begun = [w for w in work_of(shares, cu, 1, slots) if w.piece == 0 and w.slot]
+    shares = shares_of(segments, span)
     owners = Counter()
     bounds = list(zip(cu, [*cu[1:], ROWS], strict=True))
-    for work in [*begun, *work_of(shares, cu, 2, slots)]:
-        first_row, last_row = bounds[work.segment]
-        length = last_row - first_row
-        assert first_row <= work.begin < work.end <= last_row
+    for work in work_of(shares, cu):
+        if work.end <= work.begin:
+            continue
+        first, last = bounds[work.segment]
+        assert (work.first_row, work.last_row) == (first, last)
+        assert first <= work.begin < work.end <= last
         assert work.start % 8 == 0
         assert work.begin - 8 < work.start <= work.begin
-        assert work.slot == [*slots, 0][work.segment]
-        is_cut = span and 2 * length > 3 * span
-        assert (work.pieces > 1) == bool(is_cut)
-        if is_cut:
-            check_length(shares, work, first_row, last_row)
+        assert work.slot == (0 if work.segment == segments else work.segment + 1)
+        is_cut = span and 2 * (last - first) > 3 * span
+        assert (work.pieces > 1) == is_cut
+        # As many as there are, and each but the first `span` rows behind the one before it.
+        assert work.pieces == (-(-(last - first // 8 * 8) // span) if is_cut else 1)
+        assert work.start == first // 8 * 8 + work.piece * span
         owners.update(range(work.begin, work.end))
     assert owners == Counter(range(ROWS))
 
 
-def check_length(shares: Cut, work: Work, first_row: int, last_row: int) -> None:
-    """Of a piece of a cut segment: those between the cuts have exactly a span."""
-    rows = work.end - work.begin
-    at = last_row - work.end if shares.reverse else work.begin - first_row
-    if work.piece == 0:
-        assert at == 0
-        assert shares.first - 8 < rows <= shares.first
-    elif work.piece < work.pieces - 1:
-        assert rows == shares.span
-    else:
-        assert shares.least - 8 < rows < shares.least + shares.span
-    if work.piece:
-        assert 0 <= shares.first + (work.piece - 1) * shares.span - at < 8
-
-
-@settings(max_examples=200, deadline=None)
-@given(layouts(), SPANS.filter(all), st.booleans())
-def test_what_pieces_hand_over_has_places_of_its_own(cu, span_and_first, reverse):
-    """Each piece that another follows hands over once, where those behind it look for it."""
-    shares = shares_of(len(cu) - 1, *span_and_first, reverse)
-    stored = {}
-    for work in work_of(shares, cu, 1):
-        place = handed_over(work, work.piece)
-        assert 0 <= place < shares.windows
-        assert place not in stored
-        stored[place] = work.segment, work.piece
+@settings(max_examples=100, deadline=None)
+@given(layouts(), st.sampled_from([32, 64]), st.booleans())
+def test_what_pieces_add_has_places_of_its_own(cu, span, reverse):
+    """Each piece that another follows is summed once, where those behind it look for it."""
+    shares = shares_of(len(cu) - 1, span)
+    beside = enumerate(work_of(shares, cu, behind=reverse))
+    stored = {index: work for index, work in beside if work.end > work.begin}
     looked_for = {}
-    for work in work_of(shares, cu, 2):
-        for piece in range(work.piece):
-            looked_for[handed_over(work, piece)] = work.segment, piece
-    assert looked_for == stored
+    for work in work_of(shares, cu):
+        if work.end <= work.begin or work.pieces == 1:
+            continue
+        is_followed = work.piece > 0 if reverse else work.piece < work.pieces - 1
+        if is_followed:
+            looked_for[stored_sum(work, work.piece, reverse)] = work
+        # By whichever of its pieces a segment's start is asked for, one place behind all sums.
+        place = stored_start(shares, work)
+        assert shares.windows <= place < shares.stored
+        assert looked_for.setdefault(place, work).segment == work.segment
+        first = 1 if reverse else 0
+        summed = stored[place - shares.windows]
+        assert (summed.segment, summed.piece) == (work.segment, first)
+    sums = {i: work for i, work in looked_for.items() if i < shares.windows}
+    assert sums == stored
 
 
 def test_what_is_cut():
     """By static sizes: spans for the blocks wanted, none where they are there without."""
-    assert cut(8_192, 1, 32, 128, 132, 0.5) == Cut(8_192, 1, 1_792, 1_024, 5)
+    assert cut(8_192, 1, 32, 128, 132) == Cut(8_192, 1, 2_048, 3)
     # A long prompt may be one of many: the room for others does not matter.
-    assert cut(8_192, 33, 32, 128, 132, 0.5) == Cut(8_192, 33, 1_792, 1_024, 5)
-    # A longer first piece would keep the others waiting.
-    assert cut(32_768, 1, 32, 128, 132, 0.5)[2:4] == (57 * 128, 28 * 128)
-    assert cut(8_192, 1, 128, 128, 132, 0.5).windows == 0
-    # Two pieces would run one after the other.
-    assert cut(8_192, 1, 96, 128, 132, 0.5).windows == 0
+    assert cut(8_192, 33, 32, 128, 132) == Cut(8_192, 33, 2_048, 3)
+    assert cut(8_192, 1, 128, 128, 132).windows == 0
     # Two chunks are not worth it.
-    assert cut(1_024, 1, 2, 128, 132, 0.5).span == 512
-    assert cut(768, 1, 2, 128, 132, 0.5).windows == 0
-    assert cut(0, 1, 2, 16, 132, 0.25).items == 2
+    assert cut(1_024, 1, 2, 128, 132).span == 512
+    assert cut(768, 1, 2, 128, 132).windows == 0
+    assert cut(0, 1, 2, 16, 132).items == 2
 
 
-@pytest.mark.parametrize("segments", [1, 2, 3, 4, 7, 8, 15, 16, 17, 65_536])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_the_search_ends_at_either_side(segments, reverse):
-    """The cuts of a last and of a first segment, between only empty ones."""
-    shares = Cut(104, segments, 32, 16, 3, reverse)
-    pieces = [(0, 16), (16, 48), (48, 100)]
-    if reverse:
-        pieces = [(88, 100), (56, 88), (24, 56), (0, 24)]
+@pytest.mark.parametrize("segments", [1, 2, 3, 4, 7, 8, 65_536])
+def test_bisection_ends_at_either_side(segments):
+    """The cut of a last and of a first segment, between only empty ones."""
     for number in (0, segments - 1):
         cu = [0] * (number + 1) + [100] * (segments - number)
-        of_first = [(w.segment, w.begin, w.end) for w in work_of(shares, cu, 1)]
-        of_second = [(w.segment, w.begin, w.end) for w in work_of(shares, cu) if w.slot]
-        assert of_first == [(number, *rows) for rows in pieces[:-1]]
-        assert of_second == [(number, *rows) for rows in pieces[1:]]
+        found = [w[1:2] + w[5:7] for w in work_of(Cut(100, segments, 32, 3), cu)[:3]]
+        assert found == [(number, 32, 64), (number, 64, 96), (number, 96, 100)]
