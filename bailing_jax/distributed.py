@@ -252,8 +252,8 @@ def told_by_all(about: str, value: str) -> list[str]:
             answers.append(store.client.blocking_key_value_get(key, WAIT_S * 1000))
         except RuntimeError as error:
             raise UserError(
-                f"process {index} of {len(keys)} did not come as far as this one ({about}) "
-                f"within {WAIT_S} s",
+                f"process {index} of {len(keys)} did not come as far as this one ({about}): "
+                + str(error).partition("\n")[0],
                 "It has ended, or waits for something else: its own output says which.",
             ) from error
     return answers
