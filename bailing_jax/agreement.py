@@ -37,7 +37,6 @@ _VARIABLES = (
     "LIBTPU_INIT_ARGS", "XLA_FLAGS",
 )  # fmt: skip
 _MAX_TEXT = 40
-_ALL_THE_SAME = "Give all of them the same command, installation and model."
 _HEADER_BYTES = 8
 _MAX_HEADER = 100_000_000
 
@@ -104,7 +103,7 @@ def agree(
     group: Group,
     facts: Facts,
     about: str,
-    hint: str = _ALL_THE_SAME,
+    hint: str = "Give all of them the same command, installation and model.",
 ) -> None:
     """Compare this process' facts with everybody's; returns once they are known to be equal.
 
@@ -131,7 +130,7 @@ def agree(
 _without_group = itertools.count(1)
 
 
-def agree_without_group(facts: Facts, hint: str = _ALL_THE_SAME) -> None:
+def agree_without_group(facts: Facts, hint: str) -> None:
     """`agree` over jax.distributed alone; every process must make the same calls in one order.
 
     Raises:

@@ -1,6 +1,6 @@
 """The GPU table as a plot: each shape's time as a multiple of its floor, the peer's beside it.
 
-python scripts/gpu_check_plot.py docs/benchmarks/lightning_gpu.json
+    python scripts/gpu_check_plot.py docs/benchmarks/lightning_gpu.json
 """
 
 from __future__ import annotations

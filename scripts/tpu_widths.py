@@ -15,10 +15,10 @@ from jax.sharding import NamedSharding
 
 from bailing_jax.planning import hlo
 from pallas_kernels import lightning_decode, lightning_prefill
+from pallas_kernels.lightning_attention.api import LANES
 
 # (N, K, V): as XLA would put K, the slots, or nothing else along the lanes, were V not padded.
 SIZES = ((6, 64, 64), (4, 96, 48), (16, 128, 192), (8, 256, 96), (5, 32, 256))
-LANES = 128
 SLOTS, ROWS, SEGMENTS = 257, 256, 8
 
 

@@ -112,10 +112,9 @@ class Scorer:
         state, steps = self._steps(token_ids)
         for _, _, layout in steps:
             state = self._programs.fold(state, layout)
-        width = None
-        if self._spec.whole_lanes and plugins.layer("lightning") is None:
-            assert self._config.lightning is not None
-            width = self._config.lightning.head_dim
+        # Without the zeros behind V; what a replaced layer keeps is its own.
+        own = self._config.lightning if plugins.layer("lightning") is None else None
+        width = None if own is None else own.head_dim
         return {
             layer: self._programs.slot_states(leaf, _SLOT)[..., :width].astype(np.float32)
             for layer, (spec, leaf) in enumerate(

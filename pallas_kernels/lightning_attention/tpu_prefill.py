@@ -135,6 +135,107 @@ def cost(
     )
 
 
+class Segments(NamedTuple):
+    """The call's segments; behind the last stands one more, of all rows left, that names NULL."""
+
+    slots: Ref  # a fresh segment's is negative
+    cu_seqlens: Ref
+    num_rows: int
+
+    @property
+    def number(self) -> int:
+        """Without the one behind the last."""
+        return self.slots.shape[0]
+
+    def signed_slot(self, segment: Scalar) -> jax.Array:
+        """Negative: of a fresh segment; 0: of one that names NULL."""
+        found = self.slots[jnp.minimum(segment, self.number - 1)]
+        return jnp.where(segment < self.number, found, 0)
+
+    def begin(self, segment: Scalar) -> jax.Array:
+        """Its first row."""
+        return self.cu_seqlens[jnp.minimum(segment, self.number)]
+
+    def end(self, segment: Scalar) -> jax.Array:
+        """The row behind its last."""
+        found = self.cu_seqlens[jnp.minimum(segment + 1, self.number)]
+        return jnp.where(segment < self.number, found, self.num_rows)
+
+    def seek(self, segment: jax.Array) -> jax.Array:
+        """The first segment from this one on that has rows; number + 1: none."""
+
+        def is_empty(p):
+            return (p <= self.number) & (self.begin(p) >= self.end(p))
+
+        return lax.while_loop(is_empty, lambda p: p + 1, segment)
+
+
+class Copies(NamedTuple):
+    """What lies in HBM, where its copies go, and when they are done; of one block of heads."""
+
+    packed: Rows  # q, k, v and o as the call has them
+    state: Ref
+    rows: Rows
+    slot_buffers: Slots
+    done: Semaphores
+    block: Any
+
+    def rows_in(self, row: Scalar, count: Scalar, buffer: Scalar, act: Callable) -> None:
+        """`act` on each copy of `count` rows into a buffer."""
+
+        def piece(offset, size):
+            here, there = pl.ds(offset, size), pl.ds(row + offset, size)
+            for packed, into in zip(self.packed[:3], self.rows[:3], strict=True):
+                source, target = packed.at[there, self.block], into.at[buffer, here]
+                act(pltpu.make_async_copy(source, target, self.done.rows_in.at[buffer]))
+
+        self._in_pieces(count, piece)
+
+    def rows_out(self, row: Scalar, count: Scalar, buffer: Scalar, act: Callable) -> None:
+        """`act` on each copy of `count` rows of results out of a buffer."""
+
+        def piece(offset, size):
+            source = self.rows.o.at[buffer, pl.ds(offset, size)]
+            target = self.packed.o.at[pl.ds(row + offset, size), self.block]
+            act(pltpu.make_async_copy(source, target, self.done.rows_out.at[buffer]))
+
+        self._in_pieces(count, piece)
+
+    def slot_in(self, slot: Scalar) -> Any:
+        """The copy of a slot's state."""
+        source = self.state.at[slot, self.block]
+        return pltpu.make_async_copy(source, self.slot_buffers.entering, self.done.slot.at[0])
+
+    def slot_out(self, slot: Scalar) -> Any:
+        """The copy of a state into its slot."""
+        target = self.state.at[slot, self.block]
+        return pltpu.make_async_copy(self.slot_buffers.leaving, target, self.done.slot.at[1])
+
+    def _in_pieces(self, count: Scalar, piece: Callable[[Scalar, int], None]) -> None:
+        """piece(offset, size) for rows 0 to `count`: a whole chunk at once, else powers of two.
+
+        No copy larger than the call's rows is made: no chunk has as many.
+        """
+        chunk, num_rows = self.rows.q.shape[1], self.packed.q.shape[0]
+        if chunk <= num_rows:
+
+            @pl.when(count == chunk)
+            def _():
+                piece(0, chunk)
+
+        @pl.when(count < chunk)
+        def _():
+            # Copies have static sizes: the binary digits of the count, the largest first.
+            for digit in reversed(range((chunk - 1).bit_length())):
+                size = 1 << digit
+                if size > num_rows:
+                    continue
+
+                @pl.when((count & size) != 0)
+                def _(size=size):
+                    piece(count & -(2 * size), size)
+
+
 def _kernel(
     slots: Ref,
     cu_seqlens: Ref,
@@ -154,146 +255,110 @@ def _kernel(
     scale: float,
 ) -> None:
     chunk = blocks.chunk
-    num_segments, num_rows = slots.shape[0], q.shape[0]
+    segments = Segments(slots, cu_seqlens, q.shape[0])
     # All heads at once begin at a plain 0: another number need not be a multiple of a tile.
     one_block = q.shape[1] == blocks.heads
     first_head = 0 if one_block else pl.multiple_of(pl.program_id(0) * blocks.heads, blocks.heads)
     block = pl.ds(first_head, blocks.heads)
-
-    # Behind the last segment stands one more, of all rows that are left: it names NULL.
-    def signed_slot(segment):
-        found = slots[jnp.minimum(segment, num_segments - 1)]
-        return jnp.where(segment < num_segments, found, 0)
-
-    def end(segment):
-        found = cu_seqlens[jnp.minimum(segment + 1, num_segments)]
-        return jnp.where(segment < num_segments, found, num_rows)
-
-    def seek(segment):
-        """The first segment from this one on that has rows; num_segments + 1: none."""
-
-        def is_empty(p):
-            exists = p <= num_segments
-            return exists & (cu_seqlens[jnp.minimum(p, num_segments)] >= end(p))
-
-        return lax.while_loop(is_empty, lambda p: p + 1, segment)
-
-    def copy_in(row, count, buffer, act):
-        def piece(offset, size):
-            here, there = pl.ds(offset, size), pl.ds(row + offset, size)
-            for packed, into in ((q, rows.q), (k, rows.k), (v, rows.v)):
-                source, target = packed.at[there, block], into.at[buffer, here]
-                act(pltpu.make_async_copy(source, target, done.rows_in.at[buffer]))
-
-        _in_pieces(count, chunk, num_rows, piece)
-
-    def copy_out(row, count, buffer, act):
-        def piece(offset, size):
-            source = rows.o.at[buffer, pl.ds(offset, size)]
-            target = o.at[pl.ds(row + offset, size), block]
-            act(pltpu.make_async_copy(source, target, done.rows_out.at[buffer]))
-
-        _in_pieces(count, chunk, num_rows, piece)
-
-    def load(segment):
-        slot = state.at[jnp.abs(signed_slot(segment)), block]
-        return pltpu.make_async_copy(slot, slot_buffers.entering, done.slot.at[0])
-
-    def store(segment):
-        slot = state.at[jnp.abs(signed_slot(segment)), block]
-        return pltpu.make_async_copy(slot_buffers.leaving, slot, done.slot.at[1])
-
-    def prefetch(segment, row, buffer):
-        signed = signed_slot(segment)
-        is_first = row == cu_seqlens[jnp.minimum(segment, num_segments)]
-
-        @pl.when(signed != 0)
-        def _():
-            copy_in(row, jnp.minimum(chunk, end(segment) - row), buffer, _start)
-
-        @pl.when(is_first & (signed > 0))
-        def _():
-            load(segment).start()
-
-    def take_in(segment, row, count, buffer):
-        copy_in(row, count, buffer, _wait)
-        is_first = row == cu_seqlens[segment]
-        goes_on = signed_slot(segment) > 0
-
-        @pl.when(is_first & goes_on)
-        def _():
-            load(segment).wait()
-            heads.state[...] = slot_buffers.entering[...].astype(jnp.float32)
-
-        @pl.when(is_first & jnp.logical_not(goes_on))
-        def _():
-            # What the slot held is not read: it may be NaN.
-            heads.state[...] = jnp.zeros_like(heads.state)
-
-    def finish(segment, row, count, buffer, stored):
-        split_heads(rows, heads, count, buffer)
-        fold_chunk(heads, log_decay, first_head, count)
-        rows.o[buffer] = jnp.swapaxes(heads.o[...], 0, 1)
-
-        @pl.when(row + count == end(segment))
-        def _():
-            @pl.when(stored > 0)
-            def _():
-                store(segment).wait()
-
-            slot_buffers.leaving[...] = heads.state[...].astype(state.dtype)
-            store(segment).start()
+    copies = Copies(Rows(q, k, v, o), state, rows, slot_buffers, done, block)
 
     def one_chunk(carry):
         i, segment, row, last, before_last, stored = carry
         buffer = lax.rem(i, 2)
-        count = jnp.minimum(chunk, end(segment) - row)
-        runs = signed_slot(segment) != 0
-        is_last = row + count == end(segment)
-        following = lax.cond(is_last, lambda: seek(segment + 1), lambda: segment)
-        following_row = jnp.where(
-            is_last, cu_seqlens[jnp.minimum(following, num_segments)], row + chunk
-        )
+        count = jnp.minimum(chunk, segments.end(segment) - row)
+        runs = segments.signed_slot(segment) != 0
+        is_last = row + count == segments.end(segment)
+        following = lax.cond(is_last, lambda: segments.seek(segment + 1), lambda: segment)
+        following_row = jnp.where(is_last, segments.begin(following), row + chunk)
 
         @pl.when(runs)
         def _():
-            take_in(segment, row, count, buffer)
+            copies.rows_in(row, count, buffer, _wait)
+            _enter(segments, copies, heads, segment, row)
 
         # The other buffer's rows were used by the chunk before this one, and `entering` has just
         # been emptied.
-        prefetch(following, following_row, 1 - buffer)
+        _prefetch(segments, copies, following, following_row, 1 - buffer)
         # This buffer's results left two chunks ago.
-        copy_out(0, before_last, buffer, _wait)
+        copies.rows_out(0, before_last, buffer, _wait)
 
         @pl.when(runs)
         def _():
-            finish(segment, row, count, buffer, stored)
+            split_heads(rows, heads, count, buffer)
+            fold_chunk(heads, log_decay, first_head, count)
+            rows.o[buffer] = jnp.swapaxes(heads.o[...], 0, 1)
+            pl.when(is_last)(lambda: _leave(segments, copies, heads, segment, stored))
 
         @pl.when(jnp.logical_not(runs))
         def _():
             rows.o[buffer] = jnp.zeros_like(rows.o[buffer])
 
-        copy_out(row, count, buffer, _start)
+        copies.rows_out(row, count, buffer, _start)
         stored = jnp.where(runs & is_last, 1, stored)
         return i + 1, following, following_row, count, last, stored
 
     tabulate(heads, log_decay, first_head, scale)
-    begin = seek(jnp.int32(0))
-    first_row = cu_seqlens[jnp.minimum(begin, num_segments)]
-    prefetch(begin, first_row, 0)
+    begin = segments.seek(jnp.int32(0))
+    _prefetch(segments, copies, begin, segments.begin(begin), 0)
     zero = jnp.int32(0)
     i, _, _, last, before_last, stored = lax.while_loop(
-        lambda carry: carry[1] <= num_segments,
+        lambda carry: carry[1] <= segments.number,
         one_chunk,
-        (zero, begin, first_row, zero, zero, zero),
+        (zero, begin, segments.begin(begin), zero, zero, zero),
     )
-    # Two chunks' results and one slot may still be on their way.
-    copy_out(0, before_last, lax.rem(i, 2), _wait)
-    copy_out(0, last, lax.rem(i + 1, 2), _wait)
+    # Two chunks' results and one slot may still be on their way; a wait is for a slot's bytes,
+    # whichever it is.
+    copies.rows_out(0, before_last, lax.rem(i, 2), _wait)
+    copies.rows_out(0, last, lax.rem(i + 1, 2), _wait)
+    pl.when(stored > 0)(lambda: copies.slot_out(0).wait())
+
+
+def _prefetch(
+    segments: Segments, copies: Copies, segment: Scalar, row: Scalar, buffer: Scalar
+) -> None:
+    """Start the copies of a chunk's rows, and of the state that its segment goes on from."""
+    signed = segments.signed_slot(segment)
+
+    @pl.when(signed != 0)
+    def _():
+        left = segments.end(segment) - row
+        copies.rows_in(row, jnp.minimum(copies.rows.q.shape[1], left), buffer, _start)
+
+    @pl.when((row == segments.begin(segment)) & (signed > 0))
+    def _():
+        copies.slot_in(signed).start()
+
+
+def _enter(segments: Segments, copies: Copies, heads: Heads, segment: Scalar, row: Scalar) -> None:
+    """At a segment's first row: the state it starts from."""
+    signed = segments.signed_slot(segment)
+    is_first = row == segments.begin(segment)
+
+    @pl.when(is_first & (signed > 0))
+    def _():
+        copies.slot_in(signed).wait()
+        heads.state[...] = copies.slot_buffers.entering[...].astype(jnp.float32)
+
+    @pl.when(is_first & (signed <= 0))
+    def _():
+        # What the slot held is not read: it may be NaN.
+        heads.state[...] = jnp.zeros_like(heads.state)
+
+
+def _leave(
+    segments: Segments, copies: Copies, heads: Heads, segment: Scalar, stored: Scalar
+) -> None:
+    """Behind a segment's last row: its state on its way to its slot."""
+    slot = jnp.abs(segments.signed_slot(segment))
 
     @pl.when(stored > 0)
     def _():
-        store(begin).wait()
+        # The state of the segment before must have left; a wait is for as many bytes.
+        copies.slot_out(slot).wait()
+
+    leaving = copies.slot_buffers.leaving
+    leaving[...] = heads.state[...].astype(leaving.dtype)
+    copies.slot_out(slot).start()
 
 
 def _start(copy: Any) -> None:
@@ -302,29 +367,3 @@ def _start(copy: Any) -> None:
 
 def _wait(copy: Any) -> None:
     copy.wait()
-
-
-def _in_pieces(
-    count: jax.Array, chunk: int, num_rows: int, piece: Callable[[Scalar, int], None]
-) -> None:
-    """piece(offset, size) for rows 0 to `count`: all `chunk` at once, else powers of two.
-
-    No copy larger than the call's `num_rows` is made: no chunk has as many.
-    """
-    if chunk <= num_rows:
-
-        @pl.when(count == chunk)
-        def _():
-            piece(0, chunk)
-
-    @pl.when(count < chunk)
-    def _():
-        # Copies have static sizes: the binary digits of the count, the largest first.
-        for digit in reversed(range((chunk - 1).bit_length())):
-            size = 1 << digit
-            if size > num_rows:
-                continue
-
-            @pl.when((count & size) != 0)
-            def _(size=size):
-                piece(count & -(2 * size), size)
