@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -224,6 +225,11 @@ def _lock(path: Path, partial: Path) -> int:
             descriptor = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
             continue  # removed by a process that just finished, between the two lines above
+        except FileExistsError as error:
+            # mkdir found something that is no folder, or was none any more when it looked again.
+            if _is_in_the_way(partial):
+                raise not_written(path, error) from error
+            continue
         except OSError as error:
             raise not_written(path, error) from error
         try:
@@ -243,6 +249,14 @@ def _lock(path: Path, partial: Path) -> int:
             if os.path.samestat(os.stat(partial / "lock"), os.fstat(descriptor)):
                 return descriptor
         os.close(descriptor)
+
+
+def _is_in_the_way(partial: Path) -> bool:
+    """Whether something other than a folder has the name, which no conversion makes or removes."""
+    try:
+        return not stat.S_ISDIR(os.lstat(partial).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:

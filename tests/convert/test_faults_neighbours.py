@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,8 +46,9 @@ from faulty_converter import (
     snapshot,
 )
 
-from bailing_jax.errors import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
+from bailing_jax.errors import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, UserError
 from convert.native import MANIFEST_NAME
+from convert.output_folder import locked
 from convert.writer import Conversion, OutFile, OutTensor, write
 
 # ---- S14: several at one output
@@ -103,6 +105,35 @@ def test_s14_a_lock_that_was_removed_counts_for_nothing(tmp_path: Path) -> None:
     assert check_unfinished(job, path) == before
     assert converter().go_on(third).code == EXIT_OK
     check_complete(job, path)
+
+
+def test_s14_a_folder_that_was_removed_while_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before was still there for mkdir, and is gone when mkdir's error is looked into."""
+    make, refusals = os.mkdir, [FileExistsError(errno.EEXIST, "File exists")] * 2
+
+    def mkdir(*args: Any, **options: Any) -> None:
+        if refusals:
+            raise refusals.pop()
+        make(*args, **options)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with locked(tmp_path / "out"):
+        assert os.listdir(tmp_path / ".out.partial") == ["lock"]
+    assert not refusals
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["file", "link to nothing"])
+def test_s14_something_else_of_the_folders_name_is_refused(tmp_path: Path, what: str) -> None:
+    partial = tmp_path / ".out.partial"
+    partial.write_text("mine") if what == "file" else partial.symlink_to(tmp_path / "gone")
+    before = os.lstat(partial)
+    with pytest.raises(UserError, match=r"out: cannot be written: File exists"):
+        locked(tmp_path / "out").__enter__()
+    assert os.lstat(partial) == before
+    assert os.listdir(tmp_path) == [".out.partial"]
 
 
 def check_one_wrote(job: Job, path: Path, ended: Sequence[tuple[int | None, str, str]]) -> None:
